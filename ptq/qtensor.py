@@ -3,7 +3,7 @@
 `dequantize = scale * (code - zero)`, rows are outputs. Legend: O outputs, I inputs, G groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,3 +41,7 @@ class QuantizedTensor:
         """(O, I) float32 values; one multiplication and one subtraction per weight, so the result is exact in order."""
         g = self.g_idx.long()
         return self.scale[:, g] * (self.codes.float() - self.zero[:, g])
+
+    def rows(self, part: slice) -> "QuantizedTensor":
+        """The same for some of the outputs."""
+        return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])

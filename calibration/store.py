@@ -1,0 +1,56 @@
+"""Activations of all calibration batches between two blocks, in memory up to a budget and on disk past it."""
+
+from pathlib import Path
+
+import torch
+
+
+class ActivationStore:
+    """A list of tensors (batch, T, D), one a batch, on the CPU or spilled to files.
+
+    Args:
+        folder: Where spilled batches go; made when the first one does. Without it nothing is spilled.
+        budget: Bytes kept in memory; None for no limit.
+    """
+
+    def __init__(self, folder: Path | None = None, budget: int | None = None):
+        self.folder, self.budget = folder, budget
+        self._held: list[torch.Tensor | tuple] = []
+        self._bytes = 0
+
+    def __len__(self):
+        return len(self._held)
+
+    def append(self, x: torch.Tensor):
+        """Keeps or spills one more batch."""
+        self._held.append(None)
+        self[len(self) - 1] = x
+
+    def __setitem__(self, i: int, x: torch.Tensor):
+        x = x.detach().cpu()
+        old = self._held[i]
+        if isinstance(old, torch.Tensor):
+            self._bytes -= old.nbytes
+        if self.folder is None or self.budget is None or self._bytes + x.nbytes <= self.budget:
+            self._held[i] = x
+            self._bytes += x.nbytes
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"batch-{i:05d}.bin"
+        x.contiguous().view(torch.uint8).numpy().tofile(path)
+        self._held[i] = (path, x.shape, x.dtype)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        held = self._held[i]
+        if isinstance(held, torch.Tensor):
+            return held
+        path, shape, dtype = held
+        return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).view(dtype).view(shape)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def spilled(self) -> int:
+        """How many batches are on disk."""
+        return sum(isinstance(held, tuple) for held in self._held)

@@ -1,0 +1,1 @@
+"""From QuantizedTensors to files; never rounds."""

@@ -1,0 +1,15 @@
+"""Llama and Mistral: separate q, k, v and a gated MLP behind a norm each."""
+
+from ptq.families.family import ModelFamily
+
+LLAMA = ModelFamily(
+    name="llama",
+    model_types=("llama", "mistral"),
+    blocks="model.layers",
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+)

@@ -1,0 +1,15 @@
+"""Qwen2 and Qwen2.5: Llama's block with biases on q, k and v."""
+
+from ptq.families.family import ModelFamily
+
+QWEN2 = ModelFamily(
+    name="qwen2",
+    model_types=("qwen2",),
+    blocks="model.layers",
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Pure functions from (W, H, grid) to a QuantizedTensor, one file per method."""

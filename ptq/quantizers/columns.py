@@ -1,0 +1,96 @@
+"""GPTQ: rounds columns one after the other, each made up for by the columns that follow.
+
+Minimises tr(D H D^T), D = Q - W, over codes on a grid (Frantar et al., arXiv 2210.17323). The paper inverts H, factors
+the inverse and updates the remaining weights; the same codes come from one Cholesky factor and no inverse. Write
+H = U U^T with U upper triangular. Then
+
+    tr(D H D^T) = sum_k || U_kk (d_k + sum_{j<k} d_j U_jk / U_kk) ||^2,        d_k the k-th column of D,
+
+and the bracket vanishes where q_k = w_k - sum_{j<k} d_j U_jk / U_kk: round that target, column by column.
+(QuIP, arXiv 2307.13304, theorem 6, shows that this is GPTQ.)
+
+A worked example, O = 1, I = 2, whole numbers as the grid: H = [[2, 1], [1, 1]], W = [0.4, 0.4]. U = [[1, 1], [0, 1]],
+so q_0 = round(0.4) = 0, d_0 = -0.4, the second target is 0.4 + 0.4 * 1 / 1 = 0.8 and q_1 = 1. Loss: 0.4^2 + 0.2^2 = 0.2,
+where plain rounding to (0, 0) leaves 0.8.
+
+Legend: O outputs, I inputs, G groups. Matrices here are transposed, (I, O), so that a column is contiguous.
+"""
+
+import torch
+
+from calibration.errors import InputError
+
+DAMP_GROWTH = 4.0
+DAMP_ATTEMPTS = 10
+
+
+def damped_factor(H, order, damp_percent):
+    """Damps H and factors it with its columns in another order.
+
+    Adds damp_percent of the mean diagonal, or more until the Cholesky factor exists. An input that was zero on every
+    calibration token ("dead") ends with the damping alone on its diagonal and nothing beside it: its weights are
+    rounded to nearest and weigh almost nothing in the search of the scales.
+
+    Args:
+        H: (I, I) symmetric, positive semi-definite up to rounding; damped in place, not reordered.
+        order: (I,) the order in which columns will be rounded.
+        damp_percent: First fraction to try.
+
+    Returns:
+        L (I, I) lower triangular with (L flipped both ways) (...)^T = H[order][:, order], and the fraction added.
+
+    Raises:
+        InputError: Nothing up to DAMP_GROWTH**DAMP_ATTEMPTS times the first fraction makes H positive definite.
+    """
+    diagonal = H.diagonal()
+    mean = float(diagonal.mean()) or 1.0  # every input dead: the identity, so plain rounding
+    added, backwards = 0.0, order.flip(0)
+    for _ in range(DAMP_ATTEMPTS):
+        diagonal.add_((damp_percent - added) * mean)
+        added = damp_percent
+        L, info = torch.linalg.cholesky_ex(H.index_select(0, backwards).index_select(1, backwards))
+        if int(info) == 0:
+            return L, added
+        damp_percent *= DAMP_GROWTH
+    raise InputError(f"the Hessian is not positive definite even with {added:g} of its mean diagonal added")
+
+
+def quantize_columns(Wt, U, grid, params, *, column_block=128):
+    """Rounds columns in the order given, compensating each one's error.
+
+    Args:
+        Wt: (I, O) target weights, one input column a row.
+        U: (I, I) upper triangular factor of the damped Hessian in the same order; overwritten.
+        grid: Gives encode and decode.
+        params: Callable (k, remaining) -> (scale (O,), zero (O,)) of column k. `remaining(width)` gives the weights
+            (width, O) of the columns from k on as GPTQ has compensated them, for grids that are fitted on the way.
+        column_block: Columns handled between two large matrix products.
+
+    Returns:
+        codes (I, O) as floats, Q (I, O), and the loss tr(D H D^T) of each output (O,).
+    """
+    I, O = Wt.shape
+    diagonal = U.diagonal().clone()
+    M = U.div_(diagonal)
+    codes, Q, D = torch.empty_like(Wt), torch.empty_like(Wt), torch.empty_like(Wt)
+    loss = torch.zeros(O, device=Wt.device, dtype=Wt.dtype)
+    for start in range(0, I, column_block):
+        end = min(start + column_block, I)
+        target = Wt[start:end].addmm(M[:start, start:end].T, D[:start], alpha=-1)
+        for k in range(start, end):
+            t = target[k - start]
+            scale, zero = params(k, lambda width, k=k: _remaining(Wt, M, D, k, width))
+            codes[k] = grid.encode(t, scale, zero)
+            Q[k] = grid.decode(codes[k], scale, zero)
+            torch.sub(Q[k], Wt[k], out=D[k])
+            error = (Q[k] - t).mul_(diagonal[k])
+            loss.addcmul_(error, error)
+            target[k - start + 1 :].addr_(M[k, k + 1 : end], D[k], alpha=-1)
+    return codes, Q, loss
+
+
+def _remaining(Wt, M, D, k, width):
+    """Columns k..k+width that minimise the loss given the codes of columns ..k: what the paper's update leaves there."""
+    end = min(k + width, Wt.shape[0])
+    rhs = torch.mm(M[:k, k:end].T, D[:k]).neg_()
+    return torch.linalg.solve_triangular(M[k:end, k:end].T, rhs, upper=False, unitriangular=True).add_(Wt[k:end])

@@ -1,0 +1,83 @@
+"""What to do to a model: one frozen record, saved in every artefact."""
+
+from dataclasses import asdict, dataclass
+
+from calibration.errors import InputError
+
+METHODS = ("gptq", "rtn")
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+COLUMN_ORDERS = ("activation", "natural")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A quantization recipe.
+
+    Attributes:
+        bits: Width of a code, 1 to 8.
+        group_size: Input columns that share a scale; -1 for one group per row. The last group of a row may be shorter.
+        method: "gptq" (Hessian-based) or "rtn" (round to nearest, no calibration).
+        sym: Zero point fixed in the middle of the code range. The scale may then be negative, so that either tail
+            can hold the extra level.
+        column_order: Order in which GPTQ visits columns: "activation" (largest Hessian diagonal first, groups stay
+            where they are in the file) or "natural".
+        desc_act: Form groups along the activation order, which stores a shuffled g_idx that some runtimes refuse.
+        damp_percent: Ridge added to the Hessian, as a fraction of its mean diagonal.
+        column_block: Columns whose rounding error is propagated together; changes speed, not the result.
+        refine_rounds: Rounds of (least-squares scales, one coordinate-descent sweep over codes) after GPTQ.
+        correction: Share of the error that arrives from earlier layers which each solve tries to undo, 0 to 1;
+            above 0 a second, full-precision stream of activations is carried along.
+        checkpoint_format: "gptq" (v1, stores zero-1) or "gptq_v2" (stores zero).
+        seed: Draws the calibration windows and the order of refinement sweeps.
+    """
+
+    bits: int = 2
+    group_size: int = 128
+    method: str = "gptq"
+    sym: bool = True
+    column_order: str = "activation"
+    desc_act: bool = False
+    damp_percent: float = 0.05
+    column_block: int = 128
+    refine_rounds: int = 4
+    correction: float = 1.0
+    checkpoint_format: str = "gptq"
+    seed: int = 0
+
+    def __post_init__(self):
+        rules = (
+            (self.method in METHODS, f"method {self.method!r} is not one of {', '.join(METHODS)}"),
+            (self.bits in range(1, 9), f"bits {self.bits} is not in 1 to 8"),
+            (self.bits > 1 or self.sym, "bits 1 has only the symmetric grid of two values: leave out --asym"),
+            (
+                self.group_size == -1 or self.group_size > 0,
+                f"group {self.group_size} is neither -1 (one group per row) nor a positive number of columns",
+            ),
+            (
+                self.column_order in COLUMN_ORDERS,
+                f"column_order {self.column_order!r} is not one of {', '.join(COLUMN_ORDERS)}",
+            ),
+            (
+                not self.desc_act or self.column_order == "activation",
+                "desc_act needs column_order 'activation'",
+            ),
+            (0 < self.damp_percent < 10, f"damp_percent {self.damp_percent} is not between 0 and 10"),
+            (self.column_block > 0, f"column_block {self.column_block} is not positive"),
+            (self.refine_rounds >= 0, f"refine_rounds {self.refine_rounds} is negative"),
+            (0 <= self.correction <= 1, f"correction {self.correction} is not between 0 and 1"),
+            (
+                self.checkpoint_format in CHECKPOINT_FORMATS,
+                f"format {self.checkpoint_format!r} is not one of {', '.join(CHECKPOINT_FORMATS)}",
+            ),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise InputError(message)
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Columns of a whole group in a row of `in_features` columns."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)

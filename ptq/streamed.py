@@ -1,0 +1,144 @@
+"""A model whose decoder blocks are in memory one at a time, the rest only while it is needed.
+
+The modules are Hugging Face's own, built on the meta device; weights come from a checkpoint by name and go again.
+Buffers that no checkpoint stores (rotary frequencies, causal masks) are real from the start.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calibration.capture import record_block_inputs, replaced_blocks
+from calibration.errors import InputError
+from ptq.families import family_of
+
+
+class StreamedModel:
+    """Blocks of a causal language model on demand.
+
+    Args:
+        checkpoint: Gives config, names() and read(names), for example a Checkpoint.
+        dtype: Weights and activations are computed in this.
+        device: Where a block lives while it is loaded.
+        trust_remote_code: Let the checkpoint bring its own model code.
+    """
+
+    def __init__(self, checkpoint, *, dtype=torch.float32, device="cpu", trust_remote_code=False):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.family = family_of(checkpoint.config)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config  # the checkpoint gives plain weights
+        config.dtype = dtype
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self.config = config
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
+        shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
+        self._head = _name_of(self.model, self.model.get_output_embeddings()) + ".weight"
+        self._tied = bool(config.tie_word_embeddings)
+        if self._tied:
+            del shapes[self._head]
+        self._shapes = shapes
+        self._keys = _checkpoint_keys(shapes, self.model.base_model_prefix + ".", checkpoint)
+        for name, buffer in self.model.named_buffers():
+            _set_tensor(self.model, name, buffer.to(self.device))
+
+    def block_name(self, i: int) -> str:
+        """Dotted name of block i."""
+        return f"{self.family.blocks}.{i}"
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Block i with its weights; they are dropped at the end."""
+        prefix = self.block_name(i) + "."
+        with self._weights([name for name in self._shapes if name.startswith(prefix)]):
+            yield self.blocks[i]
+
+    def linear(self, i: int, name: str) -> nn.Module:
+        """A linear of block i by its name inside the block."""
+        return self.blocks[i].get_submodule(name)
+
+    @contextmanager
+    def outside(self, *, head: bool) -> Iterator[None]:
+        """Embeddings, final norm and, if asked for, the output head, with their weights."""
+        inside = self.family.blocks + "."
+        names = [n for n in self._shapes if not n.startswith(inside) and (head or n != self._head)]
+        with self._weights(names):
+            if self._tied and head:
+                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            yield
+        if self._tied and head:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def embed(self, tokens: torch.Tensor):
+        """Hidden states entering block 0 and every block's other arguments, for tokens (batch, T); inside outside()."""
+        return record_block_inputs(lambda: self._base(tokens), self.blocks)
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, T, vocabulary) from the last block's output; inside outside(head=True)."""
+        forwards = [lambda x, *args, **kwargs: x] * len(self.blocks)
+        forwards[-1] = lambda x, *args, **kwargs: hidden
+        with replaced_blocks(self.blocks, forwards):
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def _base(self, tokens):
+        base = getattr(self.model, self.model.base_model_prefix)
+        return base(input_ids=tokens.to(self.device), use_cache=False)
+
+    @contextmanager
+    def _weights(self, names):
+        for name, tensor in self._read(names):
+            _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
+        try:
+            yield
+        finally:
+            for name in names:
+                empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
+                _set_tensor(self.model, name, nn.Parameter(empty, requires_grad=False))
+
+    def _read(self, names):
+        for name in names:  # one at a time: the file's dtype and ours are never both held for a whole block
+            key = self._keys[name]
+            tensor = self.checkpoint.read([key])[key]
+            expected = self._shapes[name]
+            if tensor.shape != expected:
+                raise InputError(f"{key} has shape {tuple(tensor.shape)}; config.json asks for {tuple(expected)}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{key} holds NaN or infinite weights: the checkpoint is damaged")
+            yield name, tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _checkpoint_keys(names, prefix, checkpoint) -> dict[str, str]:
+    """Each parameter's name in the checkpoint: hub files leave out or add the base model's prefix."""
+    stored = set(checkpoint.names())
+    keys, missing = {}, []
+    for name in names:
+        found = [key for key in (name, name.removeprefix(prefix), prefix + name) if key in stored]
+        if found:
+            keys[name] = found[0]
+        else:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"the checkpoint in {checkpoint.folder} lacks {', '.join(missing[:3])}{more}")
+    return keys
+
+
+def _name_of(model, module):
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def _set_tensor(model, name, tensor):
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
