@@ -87,6 +87,9 @@ class SuspendedForwards:
             for linear in stage
         ]
 
+    def __len__(self):
+        return len(self.inputs)
+
     def __enter__(self):
         return self
 

@@ -107,8 +107,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hex sha256 that changes with the model and not with its place or date.
 
-        It covers config.json, every shard's name, size and header, and both ends of every tensor, so changing one
-        linear is seen without reading the whole model.
+        It covers config.json, every shard's name, size and header, and both ends of every tensor, so one
+        replaced linear is seen without reading the whole model. An edit only in a big tensor's middle is not seen.
         """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for shard in self.shards:

@@ -45,7 +45,7 @@ class StreamedModel:
         if self._tied:
             del shapes[self._head]
         self._shapes = shapes
-        self._keys = _checkpoint_keys(shapes, self.model.base_model_prefix + ".", checkpoint)
+        self._keys = _checkpoint_keys(shapes, self.model.base_model_prefix + ".", self.family.renamed, checkpoint)
         for name, buffer in self.model.named_buffers():
             _set_tensor(self.model, name, buffer.to(self.device))
 
@@ -63,6 +63,15 @@ class StreamedModel:
     def linear(self, i: int, name: str) -> nn.Module:
         """A linear of block i by its name inside the block."""
         return self.blocks[i].get_submodule(name)
+
+    def weight(self, i: int, name: str) -> torch.Tensor:
+        """A view (O, I) of a loaded linear's weight."""
+        weight = self.linear(i, name).weight
+        return weight.T if self.family.transposed else weight
+
+    def stored_name(self, i: int, name: str) -> str:
+        """A linear's full name in the checkpoint, without ".weight"."""
+        return self._keys[f"{self.block_name(i)}.{name}.weight"].removesuffix(".weight")
 
     @contextmanager
     def outside(self, *, head: bool) -> Iterator[None]:
@@ -115,12 +124,13 @@ class StreamedModel:
             yield name, tensor.to(device=self.device, dtype=self.dtype)
 
 
-def _checkpoint_keys(names, prefix, checkpoint) -> dict[str, str]:
+def _checkpoint_keys(names, prefix, renamed, checkpoint) -> dict[str, str]:
     """Each parameter's name in the checkpoint: hub files leave out or add the base model's prefix."""
     stored = set(checkpoint.names())
     keys, missing = {}, []
     for name in names:
-        found = [key for key in (name, name.removeprefix(prefix), prefix + name) if key in stored]
+        others = [old + name.removeprefix(new) for new, old in renamed if name.startswith(new)]
+        found = [key for key in (name, name.removeprefix(prefix), prefix + name, *others) if key in stored]
         if found:
             keys[name] = found[0]
         else:

@@ -11,11 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from calibration.errors import InputError
 from ptq.export.shards import tensor_entry, write_shard
-from ptq.qtensor import QuantizedTensor
 
 SUFFIX = ".ptq-work"
 
@@ -85,29 +85,29 @@ class WorkFolder:
         """Whether block i is finished."""
         return self._block(i).exists()
 
-    def save_block(self, i: int, tensors: dict[str, QuantizedTensor], report: dict):
-        """Keeps a finished block: its linears by full name, and its part of the report."""
-        entries = []
-        for name, qt in tensors.items():
-            for field in ("codes", "scale", "zero", "g_idx"):
-                entries.append(tensor_entry(f"{name}:{field}", getattr(qt, field)))
-        shapes = {name: [qt.bits, qt.group_size] for name, qt in tensors.items()}
+    def save_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
+        """Keeps a finished block: its packed tensors by full name, and its part of the report."""
         aside = self._block(i).with_suffix(".partial")
-        write_shard(aside, entries, metadata={"report": json.dumps(report), "linears": json.dumps(shapes)})
+        entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+        write_shard(aside, entries, metadata={"report": json.dumps(report), "order": json.dumps(list(tensors))})
         os.replace(aside, self._block(i))
         sync_folder(self.folder)
 
-    def load_block(self, i: int) -> dict[str, QuantizedTensor]:
-        """The linears of a finished block."""
+    def load_block(self, i: int) -> dict[str, torch.Tensor]:
+        """The packed tensors of a finished block, in the order in which they were saved."""
         with self._open_block(i) as file:
-            linears = json.loads(file.metadata()["linears"])
-            return {
-                name: QuantizedTensor(
-                    *(file.get_tensor(f"{name}:{field}").clone() for field in ("codes", "scale", "zero", "g_idx")),
-                    *linears[name],
-                )
-                for name in linears
-            }
+            return {name: file.get_tensor(name).clone() for name in json.loads(file.metadata()["order"])}
+
+    def read(self, i: int, name: str) -> torch.Tensor:
+        """One packed tensor of a finished block."""
+        with self._open_block(i) as file:
+            return file.get_tensor(name).clone()
+
+    def layout(self, i: int) -> list[tuple[str, str, tuple]]:
+        """(name, dtype, shape) of the packed tensors of a finished block."""
+        with self._open_block(i) as file:
+            slices = [(name, file.get_slice(name)) for name in json.loads(file.metadata()["order"])]
+            return [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices]
 
     def report(self, i: int) -> dict:
         """A finished block's part of the report."""

@@ -12,7 +12,7 @@ Names and shards of files are not known here. Legend: O outputs, I inputs, G gro
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,29 @@ CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 def packed_bits(bits: int) -> int:
     """Width of a code in the file."""
     return 2 if bits == 1 else bits
+
+
+@dataclass(frozen=True)
+class GptqCodec:
+    """Packs and unpacks the linears of one artefact.
+
+    Attributes:
+        bits: Width of a code before packing.
+        group_size: As in the artefact's config.
+        checkpoint_format: "gptq" or "gptq_v2".
+    """
+
+    bits: int
+    group_size: int
+    checkpoint_format: str
+
+    def pack(self, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The four tensors of a linear."""
+        return to_gptq(qt, self.checkpoint_format)
+
+    def unpack(self, parts: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+        """A linear from its four tensors; equal values to what was packed."""
+        return from_gptq(parts, packed_bits(self.bits), self.group_size, self.checkpoint_format)
 
 
 def to_gptq(qt: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tensor]:

@@ -13,12 +13,16 @@ class ModelFamily:
         blocks: Dotted path of the list of decoder blocks inside the `AutoModelForCausalLM` model.
         stages: Names of linears inside a block, grouped by the tensor they read, in the order in which the
             block's forward runs them. Linears of one stage share one Hessian.
+        renamed: (prefix in the model, prefix in the checkpoint) of parameters that files call otherwise.
+        transposed: The linears store their weight as (inputs, outputs).
     """
 
     name: str
     model_types: tuple[str, ...]
     blocks: str
     stages: tuple[tuple[str, ...], ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:

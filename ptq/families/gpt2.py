@@ -7,4 +7,5 @@ GPT2 = ModelFamily(
     model_types=("gpt2",),
     blocks="transformer.h",
     stages=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    transposed=True,
 )

@@ -81,11 +81,7 @@ def sample(tokenizer, source, **changes):
 
 def holds(ids, row):
     """Say whether the row is a run of consecutive ids."""
-    ids, row = np.array(ids, dtype=">u4").tobytes(), np.array(row, dtype=">u4").tobytes()
-    at = ids.find(row)
-    while at % 4 > 0:
-        at = ids.find(row, at + 1)
-    return at >= 0
+    return f" {' '.join(map(str, row))} " in f" {' '.join(map(str, ids))} "
 
 
 def error_of(function, *args, **kwargs):
@@ -183,23 +179,35 @@ def test_same_request_gives_the_same_set_and_leaves_the_global_generator_alone(t
     }
 
 
-def test_fingerprint_changes_with_every_ingredient(tokenizer, bos_tokenizer, text_file, tmp_path):
-    def prints():
-        yield sample(tokenizer, text_file)
-        yield sample(bos_tokenizer, text_file)
-        yield sample(build_tokenizer(vocab_size=401), text_file)
-        yield sample(tokenizer, text_file, samples=5)
-        yield sample(tokenizer, text_file, seqlen=31)
-        yield sample(tokenizer, text_file, seed=1)
-        yield sample(tokenizer, text_file, sampling="packed")
-        yield sample(tokenizer, text_file, sampling="packed", seed=1)
+def test_fingerprint_changes_with_every_request(tokenizer, bos_tokenizer, text_file):
+    requests = [{}, {"samples": 5}, {"seqlen": 31}, {"seed": 1}, {"sampling": "packed"}]
+    prints = {sample(tokenizer, text_file, **changes).fingerprint for changes in requests}
+    prints.add(sample(bos_tokenizer, text_file).fingerprint)
+    prints.add(sample(build_tokenizer(vocab_size=300), text_file).fingerprint)
+    assert len(prints) == len(requests) + 2
 
-    assert len({calibration.fingerprint for calibration in prints()}) == 8
-    before = sample(tokenizer, text_file, sampling="packed")
+
+def test_fingerprint_covers_what_the_tokens_do_not_show(tokenizer, text_file, tmp_path):
+    """Each ingredient is changed so that the token ids stay the same."""
+
+    def packed(tokenizer=tokenizer, **changes):
+        return sample(tokenizer, text_file, sampling="packed", **changes)
+
+    first = packed()
+    larger = build_tokenizer()
+    larger.add_tokens(["never in the text"])
+    others = [packed(seed=1), packed(samples=12, seqlen=16), packed(tokenizer=larger)]
     text = Path(text_file).read_text()
-    Path(text_file).write_text(text[:1400] + "X" + text[1401:])  # read, but beyond the packed rows
-    after = sample(tokenizer, text_file, sampling="packed")
-    assert torch.equal(before.tokens, after.tokens) and before.fingerprint != after.fingerprint
+    Path(text_file).write_text(text[:1400] + "X" + text[1401:])  # inside what is read, beyond the packed rows
+    others.append(packed())
+    assert all(torch.equal(first.tokens.flatten(), other.tokens.flatten()) for other in others)
+    assert len({calibration.fingerprint for calibration in [first, *others]}) == 5
+
+    path = tmp_path / "one_window.txt"
+    path.write_text(prose(20))
+    whole = {"samples": 1, "seqlen": len(ids_of(tokenizer, prose(20)))}
+    rules = [sample(tokenizer, str(path), sampling=rule, **whole) for rule in ("windows", "packed")]
+    assert torch.equal(rules[0].tokens, rules[1].tokens) and rules[0].fingerprint != rules[1].fingerprint
 
 
 def test_fingerprint_forgets_how_the_tokenizer_was_last_called_and_where_it_lies(tokenizer, tmp_path):

@@ -1,0 +1,124 @@
+"""python -m ptq.quantize: a model folder in, a verified and measured GPTQ folder out."""
+
+import argparse
+from pathlib import Path
+
+from calibration.corpora import CORPORA
+from ptq.console import run_command, size_text, table
+from ptq.pipeline import Artefact, quantize_model
+from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec
+
+EXAMPLES = """examples:
+  python -m ptq.quantize --bits 2 --group 128
+      the embedded demo model; needs no network
+  python -m ptq.quantize --model meta-llama/Llama-3.2-3B --bits 4 --out llama-w4
+      4 bits, loads in vLLM and transformers
+  python -m ptq.quantize --model ./my-model --bits 3 --group 64 --asym --calibration my-text.txt
+      your own model and text; asymmetric grids help most at 2 and 3 bits
+
+An interrupted run leaves OUT.ptq-work; the same command with --resume goes on and gives the identical files.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
+    defaults = QuantSpec()
+    p = argparse.ArgumentParser(
+        "python -m ptq.quantize", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
+    p.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: quantized/<model>-w2g128-gptq)")
+    grid = p.add_argument_group("grid: what values a weight may have")
+    grid.add_argument("--bits", type=int, default=defaults.bits, help="bits of a weight, 1, 2, 3, 4 or 8 (default: 2)")
+    grid.add_argument(
+        "--group",
+        type=int,
+        default=defaults.group_size,
+        help="weights that share a scale; -1: a whole row. Smaller is better and larger:\n"
+        "2 bits take 2.14 bits per weight at 128, 2.28 at 64, 2.56 at 32 (default: 128)",
+    )
+    sym = grid.add_mutually_exclusive_group()
+    sym.add_argument("--sym", action="store_true", default=defaults.sym, help="zero in the middle of the grid; what fast kernels want (default)")
+    sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
+    grid.add_argument("--format", choices=CHECKPOINT_FORMATS, default=defaults.checkpoint_format,
+                      help="gptq: what every GPTQ loader reads (default); gptq_v2: stores zero points as they are")  # fmt: skip
+    how = p.add_argument_group("method: how a weight's value is chosen")
+    how.add_argument("--method", choices=METHODS, default=defaults.method,
+                     help="gptq: by the Hessian of calibration text (default); rtn: round to nearest, no text")  # fmt: skip
+    order = how.add_mutually_exclusive_group()
+    order.add_argument("--act-order", action="store_true",
+                       help="form groups along the activation order (desc_act): a shuffled g_idx, slow in some runtimes")  # fmt: skip
+    order.add_argument("--no-act-order", action="store_true",
+                       help="visit columns as they come. Default: activation order, groups left in place")  # fmt: skip
+    text = p.add_argument_group("calibration text")
+    text.add_argument("--calibration", metavar="NAME|FILE",
+                      help="corpus (" + ", ".join(CORPORA) + ")\nor .txt, .jsonl, .parquet, or .npy token rows"
+                      " (default: stdlib for the demo, else c4)")  # fmt: skip
+    text.add_argument("--samples", type=int, default=128, help="rows of text (default: 128)")
+    text.add_argument("--seqlen", type=int, help="tokens in a row (default: 2048, or the model's context if shorter)")
+    text.add_argument("--seed", type=int, default=0, help="draws the rows (default: 0)")
+    text.add_argument("--heldout", metavar="NAME|FILE|none", help="text for the perplexity before and after")
+    run = p.add_argument_group("run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what blocks compute in")
+    run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
+    return p
+
+
+def main(argv=None):
+    """Runs the command line."""
+    args = parser().parse_args(argv)
+    run_command(lambda: _quantize(args), interrupted="; the same command with --resume goes on")
+
+
+def _quantize(args):
+    spec = QuantSpec(
+        bits=args.bits,
+        group_size=args.group,
+        method=args.method,
+        sym=args.sym,
+        column_order="natural" if args.no_act_order else "activation",
+        desc_act=args.act_order,
+        checkpoint_format=args.format,
+        seed=args.seed,
+    )
+    artefact = quantize_model(
+        args.model,
+        spec,
+        out=args.out,
+        calibration=args.calibration,
+        samples=args.samples,
+        seqlen=args.seqlen,
+        heldout=args.heldout,
+        device=args.device,
+        dtype=args.dtype,
+        resume=args.resume,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(summary(artefact))
+
+
+def summary(artefact: Artefact) -> str:
+    """The closing table."""
+    report = artefact.report
+    bits, size, perplexity = report["bits_per_weight"], report["file_bytes"], report["perplexity"]
+    rows = [("", "before", "after")]
+    if perplexity:
+        before, after = perplexity["before"]["perplexity"], perplexity["after"]["perplexity"]
+        rows.append((f"perplexity ({perplexity['text']})", f"{before:.4g}", f"{after:.4g}"))
+    rows += [
+        ("bits per weight, everything", f"{bits['before']:.2f}", f"{bits['after']:.2f}"),
+        ("bits per weight, quantized linears", "", f"{bits['linears']:.2f}"),
+        ("file size", size_text(size["before"]), size_text(size["after"])),
+        ("seconds", "", f"{report['seconds']['total']:.1f}"),
+    ]
+    rows += [(f"peak memory, {kind}", "", size_text(n)) for kind, n in report["peak_memory_bytes"].items()]
+    lines = [table(rows), ""]
+    for verdict in report["runtimes"]:
+        lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
+    return "\n".join([*lines, "", f"written: {artefact.folder}"])
+
+
+if __name__ == "__main__":
+    main()
