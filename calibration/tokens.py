@@ -162,8 +162,7 @@ def read_token_rows(path: str, *, vocab_size: int | None) -> torch.Tensor:
         raise InputError(f"{path}: shape {rows.shape} must have two dimensions (samples, seqlen)")
     if rows.size == 0:
         raise InputError(f"{path}: shape {rows.shape} holds no tokens; it needs at least one row of one token")
-    # uint64 ids beyond int64 must not wrap round to valid ones
-    rows = np.minimum(rows, np.iinfo(np.int64).max) if rows.dtype == np.uint64 else rows
+    # uint64 ids beyond int64 come out negative, so they are refused too
     tokens = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
     check_vocabulary(tokens, vocab_size, str(path))
     return tokens

@@ -15,4 +15,5 @@ GPT_NEOX = ModelFamily(
         ("mlp.dense_h_to_4h",),
         ("mlp.dense_4h_to_h",),
     ),
+    renamed=(("lm_head.", "embed_out."),),
 )

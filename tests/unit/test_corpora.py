@@ -226,7 +226,9 @@ def test_filled_cache_works_without_network(hub_cache, tmp_path, monkeypatch, na
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     files = HUB_FILES[name]
-    records = [{files.column: f"{split} {n}", "license": "gpl-3.0" if n % 2 else "mit"} for n in range(40)]
+    records = [{files.column: f"{split} {n}"} for n in range(40)]
+    if files.licenses:
+        records = [record | {"license": "gpl-3.0" if n % 2 else "mit"} for n, record in enumerate(records)]
     fill_cache(hub_cache, files, getattr(files, split)[0], records)
     wanted = [record[files.column] for record in records]
     if files.train[0] == files.heldout[0]:  # one file: the last 5% are held out

@@ -113,7 +113,7 @@ def test_windows_reach_the_whole_pool_and_no_further(tokenizer, corpus_of):
 
 
 def test_windows_by_document_take_one_from_each_of_distinct_documents(tokenizer, corpus_of):
-    documents = ["too short"] * 30 + [prose(100, seed) for seed in range(20)]
+    documents = ["the quick brown fox jumps over a lazy dog"] * 30 + [prose(100, seed) for seed in range(20)]
     rows = sample(tokenizer, corpus_of(documents, window_per_document=True), samples=20).tokens.tolist()
     homes = [[n for n, document in enumerate(documents) if holds(ids_of(tokenizer, document), row)] for row in rows]
     assert all(len(home) == 1 for home in homes)
@@ -128,7 +128,14 @@ def test_windows_of_separate_files_start_each_with_bos(tokenizer, corpus_of):
         borders = [n for n, token in enumerate(row) if token == tokenizer.bos_token_id]
         between = [tuple(row[a + 1 : b]) for a, b in zip(borders, borders[1:], strict=False)]
         assert borders and all(inner in files for inner in between)
-    assert rows[0] != sample(tokenizer, "test", seed=1).tokens[0].tolist()
+
+
+def test_separate_files_are_drawn_from_all_of_them(tokenizer, corpus_of):
+    documents = [f"{n} " + prose(12) for n in range(4000)]
+    pool = len(corpora.take_documents(documents, 6 * 32 * 48))
+    text = tokenizer.decode(sample(tokenizer, corpus_of(documents, bos_per_document=True)).tokens.flatten())
+    numbers = [int(word) for word in text.replace("<s>", " ").split() if word.isdigit()]
+    assert max(numbers) > 2 * pool
 
 
 def test_stdlib_needs_no_network(tokenizer):
@@ -262,21 +269,36 @@ def test_heldout_windows_are_consecutive_and_drop_the_remainder(tokenizer, text_
     assert rows.flatten().tolist() == whole[: len(rows) * 100]
 
 
-@pytest.mark.parametrize("documents", [[prose(20_000)], ["x"] * 3000, [" " * 40 + "y"] * 900])
-def test_heldout_prefix_equals_the_whole_texts(tokenizer, corpus_of, documents):
-    """Reading only what is needed changes no token, for dense text, many tiny documents and long runs of spaces."""
-    source = corpus_of(documents)
-    rows = heldout_tokens(tokenizer, source, seqlen=64, max_tokens=1000)
+RUN = "=" * 50  # one token, so that eight characters a token are not enough
+
+
+@pytest.fixture(scope="module")
+def run_tokenizer():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([RUN])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        pytest.param([prose(20_000)], id="one long document"),
+        pytest.param(["x"] * 3000, id="tiny documents"),
+        pytest.param([RUN + "y"] * 3000, id="first guess too small"),
+        pytest.param([RUN + "xyxy"] * 3000, id="first guess just enough but cut inside a token"),
+    ],
+)
+def test_heldout_prefix_equals_that_of_the_whole_text(run_tokenizer, corpus_of, documents):
+    rows = heldout_tokens(run_tokenizer, corpus_of(documents), seqlen=64, max_tokens=1000)
     assert rows.shape == (15, 64)
-    assert rows.flatten().tolist() == ids_of(tokenizer, "\n\n".join(documents))[: 15 * 64]
+    assert rows.flatten().tolist() == ids_of(run_tokenizer, "\n\n".join(documents))[: 15 * 64]
 
 
-def test_heldout_reads_all_of_a_text_whose_separators_outweigh_it(tokenizer, corpus_of):
-    documents = ["x"] * 100
-    whole = ids_of(tokenizer, ("\n" * 50).join(documents))
-    source = corpus_of(documents, separator="\n" * 50)
-    rows = heldout_tokens(tokenizer, source, seqlen=10, max_tokens=len(whole))
-    assert rows.flatten().tolist() == whole[: len(whole) // 10 * 10]
+def test_heldout_reads_all_of_a_text_whose_separators_outweigh_it(run_tokenizer, corpus_of):
+    source = corpus_of(["x"] * 100, separator=RUN)
+    whole = ids_of(run_tokenizer, RUN.join(["x"] * 100))
+    rows = heldout_tokens(run_tokenizer, source, seqlen=len(whole), max_tokens=len(whole))
+    assert rows.flatten().tolist() == whole
 
 
 def test_heldout_shorter_than_one_window(tokenizer, tmp_path):
