@@ -265,8 +265,8 @@ def _hub_file(name: str, files: HubFiles, filename: str) -> str:
     except Exception as error:  # the HTTP library, and with it the exception types, changes with the hub's version
         raise InputError(
             f"corpus {name}: could not fetch {filename} of {files.repository} from the Hugging Face hub "
-            f"({_short(error)}); without network use stdlib, a {_listed(FILE_READERS)} or .npy file, "
-            f"or fill the Hugging Face cache with that file (revision {files.revision}) on a machine that has network"
+            f"({_short(error.__cause__ or error)}); without network use stdlib, a {_listed(FILE_READERS)} or "
+            f".npy file, or fill the Hugging Face cache with that file (revision {files.revision}) while online"
         ) from error
 
 

@@ -28,7 +28,7 @@ def run_command(command: Callable[[], None], *, interrupted: str = ""):
         command()
     except InputError as error:
         _leave(f"error: {_one_line(error)}", MISTAKE)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         _leave(f"error: out of memory: {_one_line(error)}", MISTAKE)
     except OSError as error:
         _leave(f"error: {error.filename or 'system'}: {error.strerror or _one_line(error)}", MISTAKE)

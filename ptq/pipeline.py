@@ -6,6 +6,7 @@ before the walk; the output folder appears only when all of it is true.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ptq.checkpoint import Checkpoint, open_checkpoint
 from ptq.clock import Clock, peak_memory
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
-from ptq.export.gptq import check_packable, write_gptq
+from ptq.export.gptq import check_bits, check_packable, write_gptq
 from ptq.export.gptq_tensors import GptqCodec
 from ptq.export.runtimes import runtimes
 from ptq.export.shards import tensor_bytes
@@ -26,7 +27,7 @@ from ptq.reload import GptqCheckpoint
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS, Walk, digest
-from ptq.workdir import WorkFolder
+from ptq.workdir import WorkFolder, work_folder
 
 VERSION = "0.1.0"
 REPORT = "ptq_report.json"
@@ -79,12 +80,15 @@ def quantize_model(
         OSError: The disk failed; finished blocks stay in the work folder for resume.
     """
     clock, spec = Clock(), spec or QuantSpec()
+    check_bits(spec.bits)
     is_demo = model is None
     checkpoint = open_checkpoint(DEMO if is_demo else model, trust_remote_code=trust_remote_code)
     if checkpoint.quantization_config is not None:
         raise InputError(f"{checkpoint.folder}: is quantized already; quantize the full-precision model")
     out = Path(out) if out else Path("quantized") / default_name(checkpoint.folder.resolve().name, spec)
-    torch_device, torch_dtype = choose_device(device), None
+    if os.path.lexists(out) and not resume:
+        raise InputError(f"{out}: exists already; choose another --out or delete it")
+    torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device, checkpoint.config)
     streamed = StreamedModel(checkpoint, dtype=torch_dtype, device=torch_device, trust_remote_code=trust_remote_code)
     linears = _linears(streamed, spec)
@@ -92,53 +96,79 @@ def quantize_model(
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
         calibration = calibration or ("stdlib" if is_demo else "c4")
         drawn = _calibrate(tokenizer, streamed, spec, calibration, samples, seqlen)
-        text = heldout or _unseen_text(calibration)
-        windows = _heldout(tokenizer, streamed, text, drawn, seqlen)
-    identity = {
-        "version": VERSION,
-        "spec": spec.as_dict(),
-        "model": checkpoint.fingerprint(),
-        "calibration": drawn and drawn.describe(),
-        "dtype": str(torch_dtype),
-        "device": torch_device.type,
-        "batch_tokens": BATCH_TOKENS,
-    }
-    if out.exists():
-        return _finished_before(out, identity, resume)
-    work = WorkFolder(out, identity, resume=resume)
+        text, windows = _heldout(tokenizer, streamed, heldout, calibration, drawn, seqlen)
+    job = _Job(streamed, spec, linears, drawn, text, windows, clock, activation_budget)
+    if os.path.lexists(out):
+        return _finished_before(out, job.identity)
+    work = WorkFolder(out, job.identity, resume=resume)
     try:
-        codec = GptqCodec(spec.bits, spec.group_size, spec.checkpoint_format)
-        walk = Walk(streamed, spec, codec, work, clock, budget=activation_budget)
-        walk.run(drawn and drawn.tokens)
-        per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
-        folder = work.artefact
-        with clock.phase("write"):
-            _write(folder, checkpoint, spec, work, len(streamed.blocks))
-        with clock.phase("verify"):
-            packed = GptqCheckpoint(open_checkpoint(folder))
-            verify(packed, checkpoint, per_linear)
-        with clock.phase("perplexity"):
-            perplexity = _measure(streamed, packed, windows, text, work, activation_budget, trust_remote_code)
-        sizes = _sizes(checkpoint, packed, linears)
-        report = {
-            "identity": identity,
-            "model": checkpoint.folder.resolve().name,
-            "perplexity": perplexity,
-            **sizes,
-            "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
-            "peak_memory_bytes": peak_memory(torch_device),
-            "resumed": work.resumed,
-            "runtimes": [verdict.as_dict() for verdict in runtimes(spec, linears.values())],
-            "linears": per_linear,
-        }
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        work.publish(folder)
+        return Artefact(out, _run(job, work))
     except InputError:
         work.discard()
         raise
+    except OSError as error:
+        what = f"{error.strerror or error}{work.remains}"
+        raise OSError(error.errno, what, error.filename or str(work.folder)) from error
     finally:
         work.close()
-    return Artefact(out, report)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run after everything that can be refused has been checked."""
+
+    streamed: StreamedModel
+    spec: QuantSpec
+    linears: dict[str, tuple[int, int]]
+    drawn: CalibrationSet | None
+    text: str | None
+    windows: torch.Tensor | None
+    clock: Clock
+    budget: int | None
+
+    @property
+    def identity(self) -> dict:
+        """What decides the written weights."""
+        return {
+            "version": VERSION,
+            "spec": self.spec.as_dict(),
+            "model": self.streamed.checkpoint.fingerprint(),
+            "calibration": self.drawn and self.drawn.describe(),
+            "dtype": str(self.streamed.dtype),
+            "device": self.streamed.device.type,
+            "batch_tokens": BATCH_TOKENS,
+        }
+
+
+def _run(job: _Job, work: WorkFolder) -> dict:
+    """Walks, writes aside, checks, measures and publishes; the report."""
+    checkpoint, clock, blocks = job.streamed.checkpoint, job.clock, len(job.streamed.blocks)
+    codec = GptqCodec(job.spec.bits, job.spec.group_size, job.spec.checkpoint_format)
+    walk = Walk(job.streamed, job.spec, codec, work, clock, budget=job.budget)
+    walk.run(job.drawn and job.drawn.tokens)
+    per_linear = {name: entry for i in range(blocks) for name, entry in work.report(i).items()}
+    folder = work.artefact
+    with clock.phase("write"):
+        _write(folder, checkpoint, job.spec, work, blocks)
+    with clock.phase("verify"):
+        packed = GptqCheckpoint(open_checkpoint(folder))
+        verify(packed, checkpoint, per_linear)
+    with clock.phase("perplexity"):
+        perplexity = _measure(job, packed, work)
+    report = {
+        "identity": job.identity,
+        "model": checkpoint.folder.resolve().name,
+        "perplexity": perplexity,
+        **_sizes(checkpoint, packed, job.linears),
+        "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
+        "peak_memory_bytes": peak_memory(job.streamed.device),
+        "resumed": work.resumed,
+        "runtimes": [verdict.as_dict() for verdict in runtimes(job.spec, job.linears.values())],
+        "linears": per_linear,
+    }
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    work.publish(folder)
+    return report
 
 
 def default_name(model: str, spec: QuantSpec) -> str:
@@ -238,26 +268,30 @@ def _calibrate(tokenizer, streamed, spec, source, samples, seqlen) -> Calibratio
     return drawn
 
 
-def _unseen_text(calibration: str) -> str:
-    return "stdlib" if calibration == "stdlib" or "." in calibration else "wikitext2"
-
-
-def _heldout(tokenizer, streamed, text, drawn, seqlen):
-    if text == "none" or (tokenizer is None and not is_token_file(text)):
-        return None
+def _heldout(tokenizer, streamed, heldout, calibration, drawn, seqlen):
+    """(its name, token windows) of the text to measure on, or (None, None)."""
+    text = heldout or ("stdlib" if calibration == "stdlib" or "." in calibration else "wikitext2")
+    if text == "none" or (heldout is None and tokenizer is None):
+        return None, None
+    if tokenizer is None and not is_token_file(text):
+        raise InputError(f"{streamed.checkpoint.folder}: has no usable tokenizer; --heldout takes a .npy file of ids")
     seqlen = drawn.tokens.shape[1] if drawn is not None else window_length(streamed.config, seqlen)
-    return heldout_tokens(
+    windows = heldout_tokens(
         tokenizer, text, seqlen=seqlen, max_tokens=max(HELDOUT_TOKENS, seqlen), vocab_size=streamed.config.vocab_size
     )
+    window_length(streamed.config, windows.shape[1])
+    return text, windows
 
 
-def _finished_before(out, identity, resume) -> Artefact:
+def _finished_before(out, identity) -> Artefact:
+    """What an earlier run finished; it may have been killed before it removed its work folder."""
     report = out / REPORT
-    if resume and report.is_file():
-        known = json.loads(report.read_text())
-        if known.get("identity") == json.loads(json.dumps(identity)):
-            return Artefact(out, known)
-    raise InputError(f"{out}: exists already; choose another --out or delete it")
+    known = json.loads(report.read_bytes()) if report.is_file() else {}
+    if known.get("identity") != json.loads(json.dumps(identity)):
+        raise InputError(f"{out}: exists already and is not this run's; choose another --out or delete it")
+    if work_folder(out).exists():
+        WorkFolder(out, identity, resume=True).discard()
+    return Artefact(out, known)
 
 
 def _write(folder, checkpoint, spec, work, blocks):
@@ -283,17 +317,14 @@ def verify(packed: GptqCheckpoint, source: Checkpoint, per_linear: dict):
                 raise OSError(f"{packed.folder}: {name} reads back different from what was written")
 
 
-def _measure(streamed, packed, windows, text, work, budget, trust_remote_code):
-    if windows is None:
+def _measure(job, packed, work):
+    if job.windows is None:
         return None
-    written = StreamedModel(
-        packed, dtype=streamed.dtype, device=streamed.device, trust_remote_code=trust_remote_code
-    )
     before, after = (
-        measure_perplexity(model, windows, spill=work.folder / "heldout", budget=budget, label=label)
-        for model, label in ((streamed, "before"), (written, "after"))
+        measure_perplexity(model, job.windows, spill=work.folder / "heldout", budget=job.budget, label=label)
+        for model, label in ((job.streamed, "before"), (job.streamed.with_weights(packed), "after"))
     )
-    return {"text": text, "before": before.as_dict(), "after": after.as_dict()}
+    return {"text": job.text, "before": before.as_dict(), "after": after.as_dict()}
 
 
 def _sizes(checkpoint, packed, linears):

@@ -7,6 +7,7 @@ import torch
 
 from calibration.errors import InputError
 from ptq.checkpoint import Checkpoint, open_checkpoint
+from ptq.export.gptq import FILE_BITS
 from ptq.export.gptq_tensors import CHECKPOINT_FORMATS, from_gptq
 from ptq.families import family_of
 from ptq.qtensor import QuantizedTensor
@@ -21,7 +22,7 @@ class GptqCheckpoint:
         packed: The opened folder.
 
     Raises:
-        InputError: The quantization is not a GPTQ one that this program reads.
+        InputError: The quantization is not a GPTQ one that this program reads, or a linear's tensors do not fit.
     """
 
     def __init__(self, packed: Checkpoint):
@@ -33,17 +34,31 @@ class GptqCheckpoint:
             raise InputError(f"{self.folder}: quant_method {settings.get('quant_method')!r} is not read here, only 'gptq'")
         self.bits, self.group_size = settings.get("bits"), settings.get("group_size")
         self.checkpoint_format = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        if self.bits not in (2, 3, 4, 8) or not isinstance(self.group_size, int):
+        group_fits = type(self.group_size) is int and (self.group_size == -1 or self.group_size > 0)
+        if self.bits not in FILE_BITS or not group_fits:
             raise InputError(f"{self.folder}: bits {self.bits!r}, group_size {self.group_size!r} are no GPTQ layout")
         if self.checkpoint_format not in CHECKPOINT_FORMATS:
             raise InputError(f"{self.folder}: checkpoint_format {self.checkpoint_format!r} is not read here")
-        self.linears = [name.removesuffix(".qweight") for name in packed.names() if name.endswith(".qweight")]
+        stored = packed.names()
+        self.linears = {name.removesuffix(".qweight"): None for name in stored if name.endswith(".qweight")}
+        self.linears = {linear: self._layout(linear, set(stored)) for linear in self.linears}
+        parts = {f"{linear}.{part}" for linear in self.linears for part in PARTS}
+        self._kept = dict.fromkeys(name for name in stored if name not in parts)
 
     def names(self) -> list[str]:
         """Tensor names as in the full-precision checkpoint."""
-        packed = {f"{linear}.{part}" for linear in self.linears for part in PARTS}
-        kept = [name for name in self.packed.names() if name not in packed]
-        return kept + [f"{linear}.weight" for linear in self.linears]
+        return [*self._kept, *(f"{linear}.weight" for linear in self.linears)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in the full-precision checkpoint."""
+        if name in self._kept:
+            return self.packed.shape(name)
+        shape = self.linears[name.removesuffix(".weight")]
+        return shape[::-1] if self._transposed else shape
+
+    def dtype(self, name: str) -> str:
+        """Safetensors' word for the dtype in which a tensor is read."""
+        return self.packed.dtype(name) if name in self._kept else "F32"
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name; the packed ones as fp32."""
@@ -51,25 +66,48 @@ class GptqCheckpoint:
 
     def quantized(self, linear: str) -> QuantizedTensor:
         """A packed linear."""
-        stored = set(self.packed.names())
-        parts = self.packed.read([f"{linear}.{part}" for part in PARTS if f"{linear}.{part}" in stored])
-        parts = {name.removeprefix(f"{linear}."): tensor for name, tensor in parts.items()}
-        missing = set(PARTS[:3]) - set(parts)
-        if missing:
-            raise InputError(f"{self.folder}: {linear} lacks {', '.join(sorted(missing))}")
-        if "g_idx" not in parts:
-            inputs = parts["qweight"].shape[0] * 32 // self.bits
-            parts["g_idx"] = (torch.arange(inputs) // (inputs if self.group_size == -1 else self.group_size)).int()
+        inputs = self.linears[linear][1]
+        stored = [f"{linear}.{part}" for part in PARTS if part != "g_idx" or f"{linear}.g_idx" in self.packed.tensors]
+        parts = {name.rpartition(".")[2]: tensor for name, tensor in self.packed.read(stored).items()}
+        parts.setdefault("g_idx", torch.arange(inputs, dtype=torch.int32) // self._columns_per_group(inputs))
+        if not bool(torch.isfinite(parts["scales"]).all()):
+            raise InputError(f"{self.folder}: {linear}.scales holds NaN or infinity: the file is damaged")
         try:
             return from_gptq(parts, self.bits, self.group_size, self.checkpoint_format)
         except InputError as error:
             raise InputError(f"{self.folder}: {linear}: {error}") from None
 
+    def _columns_per_group(self, inputs):
+        return inputs if self.group_size == -1 else self.group_size
+
+    def _layout(self, linear, stored) -> tuple[int, int]:
+        """(O, I) of a linear, from the shapes of its tensors, which must agree."""
+        missing = [part for part in PARTS[:3] if f"{linear}.{part}" not in stored]
+        if missing:
+            raise InputError(f"{self.folder}: {linear} lacks {', '.join(missing)}")
+        words, outputs = (*self.packed.shape(f"{linear}.qweight"), 0, 0)[:2]
+        inputs = words * 32 // self.bits
+        groups = -(-inputs // self._columns_per_group(max(inputs, 1)))
+        expected = {
+            "qweight": ("I32", (inputs * self.bits // 32, outputs)),
+            "qzeros": ("I32", (groups, outputs * self.bits // 32)),
+            "scales": (self.packed.dtype(f"{linear}.scales"), (groups, outputs)),
+            "g_idx": ("I32", (inputs,)),
+        }
+        for part, rule in expected.items():
+            name = f"{linear}.{part}"
+            found = (self.packed.dtype(name), self.packed.shape(name)) if name in stored else rule
+            if found != rule:
+                raise InputError(
+                    f"{self.folder}: {name} is {found[0]} {list(found[1])}; bits {self.bits} and group_size"
+                    f" {self.group_size} ask for {rule[0]} {list(rule[1])}"
+                )
+        return outputs, inputs
+
     def _read(self, name):
-        linear = name.removesuffix(".weight")
-        if name in self.packed.names() or linear not in self.linears:
+        if name in self._kept:
             return self.packed.read([name])[name]
-        values = self.quantized(linear).dequantize()
+        values = self.quantized(name.removesuffix(".weight")).dequantize()
         return values.T.contiguous() if self._transposed else values
 
 
@@ -80,4 +118,4 @@ def open_weights(path: str | Path, *, trust_remote_code: bool = False) -> Checkp
         InputError: As open_checkpoint, or the quantization is of a kind that is not read.
     """
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-    return GptqCheckpoint(checkpoint) if checkpoint.quantization_config else checkpoint
+    return checkpoint if checkpoint.quantization_config is None else GptqCheckpoint(checkpoint)

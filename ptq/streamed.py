@@ -16,6 +16,8 @@ from calibration.capture import record_block_inputs, replaced_blocks
 from calibration.errors import InputError
 from ptq.families import family_of
 
+STORED_DTYPES = ("F64", "F32", "BF16", "F16")
+
 
 class StreamedModel:
     """Blocks of a causal language model on demand.
@@ -30,24 +32,25 @@ class StreamedModel:
     def __init__(self, checkpoint, *, dtype=torch.float32, device="cpu", trust_remote_code=False):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.family = family_of(checkpoint.config)
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config  # the checkpoint gives plain weights
-        config.dtype = dtype
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        self.model.eval().requires_grad_(False)
-        self.config = config
+        self._trusted = trust_remote_code
+        self.model = _build_model(checkpoint.folder, dtype, trust_remote_code)
+        self.config = config = self.model.config
         self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
         self._head = _name_of(self.model, self.model.get_output_embeddings()) + ".weight"
+        self._embedding = _name_of(self.model, self.model.get_input_embeddings()) + ".weight"
         self._tied = bool(config.tie_word_embeddings)
         if self._tied:
             del shapes[self._head]
         self._shapes = shapes
         self._keys = _checkpoint_keys(shapes, self.model.base_model_prefix + ".", self.family.renamed, checkpoint)
+        self._check_layout()
         for name, buffer in self.model.named_buffers():
             _set_tensor(self.model, name, buffer.to(self.device))
+
+    def with_weights(self, checkpoint) -> "StreamedModel":
+        """The same model with the weights of another checkpoint."""
+        return StreamedModel(checkpoint, dtype=self.dtype, device=self.device, trust_remote_code=self._trusted)
 
     def block_name(self, i: int) -> str:
         """Dotted name of block i."""
@@ -75,9 +78,12 @@ class StreamedModel:
 
     @contextmanager
     def outside(self, *, head: bool) -> Iterator[None]:
-        """Embeddings, final norm and, if asked for, the output head, with their weights."""
-        inside = self.family.blocks + "."
-        names = [n for n in self._shapes if not n.startswith(inside) and (head or n != self._head)]
+        """What is not in blocks, with its weights: without the output head, or with it and without the embedding.
+
+        The two are the largest tensors of a model, and no step needs both. Where they are one, both have it.
+        """
+        inside, absent = self.family.blocks + ".", self._embedding if head and not self._tied else None
+        names = [n for n in self._shapes if not n.startswith(inside) and n != (absent if head else self._head)]
         with self._weights(names):
             if self._tied and head:
                 self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
@@ -90,12 +96,13 @@ class StreamedModel:
         return record_block_inputs(lambda: self._base(tokens), self.blocks)
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, T, vocabulary) from the last block's output; inside outside(head=True)."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, T, vocabulary) from the last block's output (batch, T, D); inside outside(head=True)."""
         forwards = [lambda x, *args, **kwargs: x] * len(self.blocks)
         forwards[-1] = lambda x, *args, **kwargs: hidden
+        unused = hidden.new_zeros(*hidden.shape[:2], self.model.get_input_embeddings().embedding_dim)
         with replaced_blocks(self.blocks, forwards):
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+            return self.model(inputs_embeds=unused, use_cache=False).logits
 
     def _base(self, tokens):
         base = getattr(self.model, self.model.base_model_prefix)
@@ -112,16 +119,46 @@ class StreamedModel:
                 empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
                 _set_tensor(self.model, name, nn.Parameter(empty, requires_grad=False))
 
+    def _check_layout(self):
+        """Shapes and dtypes of all tensors, before hours of work on the first of them."""
+        for name, expected in self._shapes.items():
+            key = self._keys[name]
+            shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype(key)
+            if shape != tuple(expected):
+                raise InputError(
+                    f"{self.checkpoint.folder}: {key} has shape {shape}; config.json asks for {tuple(expected)}"
+                )
+            if dtype not in STORED_DTYPES:
+                raise InputError(
+                    f"{self.checkpoint.folder}: {key} is stored as {dtype}, not one of {', '.join(STORED_DTYPES)}"
+                )
+
     def _read(self, names):
         for name in names:  # one at a time: the file's dtype and ours are never both held for a whole block
             key = self._keys[name]
             tensor = self.checkpoint.read([key])[key]
-            expected = self._shapes[name]
-            if tensor.shape != expected:
-                raise InputError(f"{key} has shape {tuple(tensor.shape)}; config.json asks for {tuple(expected)}")
             if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{key} holds NaN or infinite weights: the checkpoint is damaged")
+                raise InputError(
+                    f"{self.checkpoint.folder}: {key} holds NaN or infinite weights: the checkpoint is damaged"
+                )
             yield name, tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _build_model(folder, dtype, trust_remote_code) -> nn.Module:
+    """The model of a folder's config.json with parameters on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config  # the checkpoint gives plain weights
+        config.dtype = dtype
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value surfaces as whatever it breaks inside transformers
+        cause = " ".join(str(error).split()) or "no reason given"
+        raise InputError(
+            f"{folder / 'config.json'}: transformers cannot build this model ({type(error).__name__}: {cause})"
+        ) from error
+    return model.eval().requires_grad_(False)
 
 
 def _checkpoint_keys(names, prefix, renamed, checkpoint) -> dict[str, str]:

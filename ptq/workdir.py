@@ -6,16 +6,19 @@ that exists is whole. The lock is the operating system's: it goes with the proce
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from calibration.errors import InputError
-from ptq.export.shards import tensor_entry, write_shard
+from ptq.export.shards import tensor_bytes, tensor_entry, write_shard
 
 SUFFIX = ".ptq-work"
 
@@ -23,55 +26,84 @@ SUFFIX = ".ptq-work"
 class WorkFolder:
     """Locks and opens the work folder of an output folder.
 
+    An earlier run counts from its first finished block on; before that there is nothing to go on with.
+
     Args:
         out: The output folder-to-be.
         identity: JSON-able facts that decide the result; a resumed run must have the same.
-        resume: Go on with what an earlier run left.
+        resume: Go on with what an earlier run left; damaged blocks of it are dropped, to be done again.
+
+    Attributes:
+        resumed: Whether an earlier run's blocks are there.
 
     Raises:
         InputError: Another process holds it, it belongs to another run, or it exists and `resume` is off.
     """
 
     def __init__(self, out: Path, identity: dict, *, resume: bool):
-        self.out = Path(out)
-        self.folder = self.out.with_name(self.out.name + SUFFIX)
-        identity = json.loads(json.dumps(identity))
-        self.resumed = self.folder.exists()
+        self.out, self.resumed = Path(out), False
+        self.folder = work_folder(self.out)
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
         try:
-            self._claim(identity, resume)
+            self._lock = self._take_lock()
+        except OSError:
+            self._remove_made()
+            raise
+        try:
+            self._claim(json.loads(json.dumps(identity)), resume)
         except BaseException:
             self.close()
             raise
 
     def _take_lock(self):
-        lock = open(self.folder / "lock", "a+")  # noqa: SIM115 - held as long as the run
+        path = self.folder / "lock"
+        lock = open(path, "a+")  # noqa: SIM115 - held as long as the run
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise InputError(f"{self.folder}: another process is working on this output") from None
-        return lock
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except (BlockingIOError, FileNotFoundError):  # the second: its holder is just removing the folder
+            pass
+        lock.close()
+        raise InputError(f"{self.folder}: another process is working on this output")
 
     def _claim(self, identity, resume):
         record = self.folder / "run.json"
-        if not record.exists():  # new, or killed before anything was done
-            self.resumed = False
+        if not record.exists() or not any(self._blocks()):
+            self._empty()
             write_atomically(record, json.dumps(identity, indent=2).encode())
             return
         if not resume:
             raise InputError(
                 f"{self.folder}: an interrupted run left its work here; go on with --resume, or delete the folder"
             )
-        before = json.loads(record.read_bytes())
-        changed = [
-            f"{key} {before.get(key)!r} -> {identity.get(key)!r}"
-            for key in sorted(before.keys() | identity.keys())
-            if before.get(key) != identity.get(key)
-        ]
+        try:
+            before = json.loads(record.read_bytes())
+        except ValueError:
+            raise InputError(f"{record}: damaged; delete {self.folder} and start again") from None
+        changed = _differences(before, identity)
         if changed:
             raise InputError(f"{self.folder}: cannot resume, the run is another one: {'; '.join(changed)}")
+        for path in self._blocks():
+            if not _is_whole(path):
+                path.unlink()
+        self.resumed = any(self._blocks())
+
+    def _remove_made(self):
+        for path in self._made:
+            with suppress(OSError):  # what holds something stays
+                path.rmdir()
+
+    def _blocks(self):
+        return sorted(self.folder.glob("block-*.safetensors"))
+
+    def _empty(self):
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
 
     @property
     def artefact(self) -> Path:
@@ -88,40 +120,35 @@ class WorkFolder:
     def save_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
         """Keeps a finished block: its packed tensors by full name, and its part of the report."""
         aside = self._block(i).with_suffix(".partial")
-        entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
-        write_shard(aside, entries, metadata={"report": json.dumps(report), "order": json.dumps(list(tensors))})
+        metadata = {"report": json.dumps(report), "order": json.dumps(list(tensors))}
+        metadata["sha256"] = _content_hash(metadata, tensors.values())
+        write_shard(aside, [tensor_entry(name, tensor) for name, tensor in tensors.items()], metadata=metadata)
         os.replace(aside, self._block(i))
         sync_folder(self.folder)
 
     def load_block(self, i: int) -> dict[str, torch.Tensor]:
         """The packed tensors of a finished block, in the order in which they were saved."""
-        with self._open_block(i) as file:
+        with _open_block(self._block(i)) as file:
             return {name: file.get_tensor(name).clone() for name in json.loads(file.metadata()["order"])}
 
     def read(self, i: int, name: str) -> torch.Tensor:
         """One packed tensor of a finished block."""
-        with self._open_block(i) as file:
+        with _open_block(self._block(i)) as file:
             return file.get_tensor(name).clone()
 
     def layout(self, i: int) -> list[tuple[str, str, tuple]]:
         """(name, dtype, shape) of the packed tensors of a finished block."""
-        with self._open_block(i) as file:
+        with _open_block(self._block(i)) as file:
             slices = [(name, file.get_slice(name)) for name in json.loads(file.metadata()["order"])]
             return [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices]
 
     def report(self, i: int) -> dict:
         """A finished block's part of the report."""
-        with self._open_block(i) as file:
+        with _open_block(self._block(i)) as file:
             return json.loads(file.metadata()["report"])
 
     def _block(self, i):
         return self.folder / f"block-{i:05d}.safetensors"
-
-    def _open_block(self, i):
-        try:
-            return safe_open(self._block(i), framework="pt")
-        except SafetensorError as error:
-            raise InputError(f"{self._block(i)}: damaged ({error}); delete it and --resume") from None
 
     def publish(self, artefact: Path):
         """Gives the finished artefact its name and removes the work folder."""
@@ -135,16 +162,63 @@ class WorkFolder:
         self.discard()
 
     def discard(self):
-        """Removes the work folder."""
+        """Removes the work folder, and folders above it that were made for it and are empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
+        self._remove_made()
+        self._lock.close()
 
     def close(self):
-        """Lets go of the lock; the folder stays for --resume, unless nothing was done in it."""
-        if not self._lock.closed:
-            if self.folder.exists() and not any(self.folder.glob("block-*.safetensors")) and not self.resumed:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.close()
+        """Lets go of the lock; the folder stays for --resume if a block in it is finished."""
+        if not self._lock.closed and not any(self._blocks()):
+            self.discard()
+        self._lock.close()
+
+    @property
+    def remains(self) -> str:
+        """What a failed run leaves, in words to add to its message; empty if nothing."""
+        count = len(self._blocks())
+        return f"; {count} finished blocks stay in {self.folder}, --resume goes on with them" if count else ""
+
+
+def work_folder(out: Path) -> Path:
+    """Where the work for an output folder lies."""
+    return out.with_name(out.name + SUFFIX)
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    """What changed between two records, down to the innermost fields."""
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} {old!r} -> {new!r}")
+    return changed
+
+
+def _open_block(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise OSError(None, f"damaged since it was written ({error})", str(path)) from None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with _open_block(path) as file:
+            metadata = file.metadata()
+            tensors = (file.get_tensor(name) for name in json.loads(metadata["order"]))
+            return metadata["sha256"] == _content_hash(metadata, tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _content_hash(metadata: dict, tensors: Iterable[torch.Tensor]) -> str:
+    digest = hashlib.sha256((metadata["report"] + metadata["order"]).encode())
+    for tensor in tensors:
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes):

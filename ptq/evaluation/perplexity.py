@@ -64,7 +64,7 @@ def measure_perplexity(model: StreamedModel, tokens, *, spill: Path | None = Non
         rows = max(1, LOGIT_ENTRIES // (model.config.vocab_size * tokens.shape[1]))
         for batch, hidden in zip(batches, store, strict=True):
             for part, states in zip(batch.split(rows), hidden.split(rows), strict=True):
-                nll += _nll(model.logits(part, states.to(model.device)), part)
+                nll += _nll(model.logits(states.to(model.device)), part)
     count = tokens.numel() - len(tokens)
     mean = float(nll) / count
     if not math.isfinite(mean):

@@ -12,7 +12,19 @@ from ptq.export.gptq_tensors import packed_bits
 from ptq.export.shards import Entry, write_checkpoint
 
 MAX_SHARD_BYTES = 4_000_000_000
-NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".py", ".md")
+FILE_BITS = (2, 3, 4, 8)
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
+NOT_COPIED = (*WEIGHT_FILES, ".py", ".md")
+
+
+def check_bits(bits: int):
+    """Refuses a width that the format has no words for.
+
+    Raises:
+        InputError: Naming the widths it has.
+    """
+    if packed_bits(bits) not in FILE_BITS:
+        raise InputError(f"bits {bits}: GPTQ files hold weights of 2, 3, 4 or 8 bits, and of 1 bit in 2-bit words")
 
 
 def check_packable(name: str, outputs: int, inputs: int):

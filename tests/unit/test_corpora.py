@@ -249,6 +249,15 @@ def test_damaged_file_in_the_cache(hub_cache, tmp_path, monkeypatch):
     assert "in the Hugging Face cache is unreadable" in error_of("wikitext2")
 
 
+def test_cached_file_with_other_columns(hub_cache, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    files = HUB_FILES["code"]
+    fill_cache(hub_cache, files, files.train[0], [{"content": "a"}])
+    assert "corpus code: file-000000000054.json.gz has no column license" in error_of("code")
+
+
 def test_every_corpus_says_what_it_is():
     assert all(find_corpus(name).description for name in CORPORA)
     assert set(CORPORA) == {"wikitext2", "c4", "ptb", "pile", "code", "stdlib"}
