@@ -5,11 +5,16 @@ recorder, so no family needs code. A block's forward can be suspended at the fir
 later with other weights: each linear then multiplies each token once, although the block is quantized stage by stage.
 """
 
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+
+from calibration.parking import ParkedStorages, Watcher, addresses
 
 
 class _StopForward(Exception):
@@ -72,15 +77,20 @@ class SuspendedForwards:
 
     Args:
         block: The decoder block, with weights.
-        inputs: Hidden states of each batch.
+        inputs: Hidden states of each batch, on the block's device; read when a batch starts.
         arguments: The block's other arguments for each batch.
         stages: Linears of the block that read the same tensor, in the order in which they run.
+        parking: Folder for activations of halted forwards past `budget` bytes; None keeps all in memory.
+        budget: Bytes that halted forwards may keep in memory.
     """
 
-    def __init__(self, block, inputs, arguments, stages: Sequence[Sequence[nn.Module]]):
+    def __init__(
+        self, block, inputs, arguments, stages: Sequence[Sequence[nn.Module]], *, parking: Path | None = None, budget=0
+    ):
         self.block, self.inputs, self.arguments = block, inputs, arguments
-        self._runs: list[greenlet | None] = [None] * len(inputs)
-        self._reached: dict[greenlet, dict[int, torch.Tensor]] = {}
+        self.parking, self.budget = parking, budget
+        self._runs: list[_Run | None] = [None] * len(inputs)
+        self._by_greenlet: dict[greenlet, _Run] = {}
         self._hooks = [
             linear.register_forward_pre_hook(lambda _, args, stage=s: self._halt(stage, args[0]))
             for s, stage in enumerate(stages)
@@ -96,20 +106,11 @@ class SuspendedForwards:
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
-        for run in self._runs:  # a run that an error left halfway would keep its activations alive
-            if run is not None and not run.dead:
-                run.throw()
-
-    def _halt(self, stage, x):
-        run = getcurrent()
-        reached = self._reached.get(run)
-        if reached is None:  # another set of forwards through the same block
-            return
-        if stage in reached:
-            assert reached[stage] == x.data_ptr(), "linears of one stage read different tensors: the family is wrong"
-            return
-        reached[stage] = x.data_ptr()
-        run.parent.switch(x)
+        for run in filter(None, self._runs):  # a run that an error left halfway would keep its activations alive
+            if not run.thread.dead:
+                run.thread.throw()
+        if self.parking is not None:
+            shutil.rmtree(self.parking, ignore_errors=True)
 
     def advance(self, i: int) -> torch.Tensor:
         """Runs batch i up to its next halt.
@@ -119,9 +120,63 @@ class SuspendedForwards:
         """
         run = self._runs[i]
         if run is None:
-            run = self._runs[i] = greenlet(lambda: run_block(self.block, self.inputs[i], self.arguments[i]))
-            self._reached[run] = {}
-        out = run.switch()
-        if run.dead:
-            del self._reached[run]
-        return out
+            run = self._runs[i] = _Run(greenlet(lambda: self._forward(i)))
+            self._by_greenlet[run.thread] = run
+        run.unpark()
+        watch = nullcontext() if self.parking is None else run.watcher
+        with watch:
+            run.reads = run.thread.switch()
+        return run.reads
+
+    def done(self, i: int) -> bool:
+        """Whether batch i has left the block."""
+        return self._runs[i].thread.dead
+
+    def reads(self, i: int) -> torch.Tensor:
+        """What `advance` last returned for batch i, until it is advanced or settled."""
+        self._runs[i].unpark()
+        return self._runs[i].reads
+
+    def settle(self, i: int):
+        """Says that batch i is not needed before it is advanced: its activations may go to disk."""
+        if self.parking is None:
+            return
+        run = self._runs[i]
+        storages = run.watcher.storages(run.spared | addresses((*self.block.parameters(), *self.block.buffers())))
+        others = sum(other.held for other in self._runs if other not in (None, run))
+        run.held = sum(storage.nbytes() for storage in storages)
+        if others + run.held > self.budget:
+            run.parked, run.held = ParkedStorages(storages, self.parking / f"batch-{i:05d}.bin"), 0
+
+    def _forward(self, i):
+        hidden = self.inputs[i]
+        self._runs[i].spared = addresses((hidden, self.arguments[i]))
+        return run_block(self.block, hidden, self.arguments[i])
+
+    def _halt(self, stage, x):
+        run = self._by_greenlet.get(getcurrent())
+        if run is None:  # another set of forwards through the same block
+            return
+        if stage in run.reached:
+            assert run.reached[stage] == x.data_ptr(), "linears of one stage read different tensors: the family is wrong"
+            return
+        run.reached[stage] = x.data_ptr()
+        run.thread.parent.switch(x)
+        run.reached[stage] = x.data_ptr()  # parking may have moved it
+
+
+class _Run:
+    """One batch's forward."""
+
+    def __init__(self, thread: greenlet):
+        self.thread, self.watcher = thread, Watcher()
+        self.reached: dict[int, int] = {}
+        self.reads: torch.Tensor | None = None
+        self.parked: ParkedStorages | None = None
+        self.spared: set[int] = set()  # storages that belong to others
+        self.held = 0
+
+    def unpark(self):
+        if self.parked is not None:
+            self.parked.restore()
+            self.parked = None

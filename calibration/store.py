@@ -51,6 +51,28 @@ class ActivationStore:
         return (self[i] for i in range(len(self)))
 
     @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name if self.folder else "activations"
+
+    def on(self, device) -> "ActivationsOn":
+        """The same batches, each moved to a device when it is asked for."""
+        return ActivationsOn(self, device)
+
+    @property
     def spilled(self) -> int:
         """How many batches are on disk."""
         return sum(isinstance(held, tuple) for held in self._held)
+
+
+class ActivationsOn:
+    """A read-only view of a store from a device."""
+
+    def __init__(self, store: ActivationStore, device):
+        self.store, self.device = store, device
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.store[i].to(self.device)

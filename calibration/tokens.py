@@ -120,8 +120,10 @@ def heldout_tokens(
     _check_counts(seqlen=seqlen, **({} if max_tokens is None else {"max_tokens": max_tokens}))
     if is_token_file(source):
         rows = read_token_rows(source, vocab_size=vocab_size)
+        _check_predicts(rows.shape[1])
         windows = len(rows) if max_tokens is None else max_tokens // rows.shape[1]
         return _at_least_one_window(rows[:windows], rows.shape[1], max_tokens)
+    _check_predicts(seqlen)
     if max_tokens is not None:
         _at_least_one_window(range(max_tokens // seqlen), seqlen, max_tokens)
         max_tokens -= max_tokens % seqlen
@@ -131,6 +133,11 @@ def heldout_tokens(
     rows = torch.tensor(ids[: len(ids) - len(ids) % seqlen]).view(-1, seqlen)
     check_vocabulary(rows, vocab_size, f"{source} through this tokenizer")
     return rows
+
+
+def _check_predicts(seqlen: int) -> None:
+    if seqlen == 1:
+        raise InputError("windows of 1 token predict nothing: seqlen must be at least 2")
 
 
 def _at_least_one_window(windows, seqlen: int, max_tokens: int | None):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from calibration.errors import InputError
+from ptq.export.shards import DTYPES
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,16 +82,17 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of tensors on the CPU, in the order asked for.
 
-        The copies own their memory and the files are closed again: a mapped file's pages would count as ours.
+        Read, not mapped: a mapped file's pages would count as ours beside the copy.
         """
-        by_file: dict[Path, list[str]] = {}
-        loaded = dict.fromkeys(names)
-        for name in loaded:
-            by_file.setdefault(self._find(name).file, []).append(name)
-        for file, members in by_file.items():
-            with safe_open(file, framework="pt", device="cpu") as shard:
-                loaded.update((name, shard.get_tensor(name).clone()) for name in members)
-        return loaded
+        return {name: self._read(self._find(name), name) for name in names}
+
+    def _read(self, stored, name):
+        content = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+        with stored.file.open("rb") as handle:
+            handle.seek(stored.start)
+            if handle.readinto(content.numpy()) != len(content):
+                raise InputError(f"{stored.file}: became shorter while {name!r} was read")
+        return content.view(DTYPES[stored.dtype]).view(stored.shape)
 
     def raw(self, name: str) -> Iterator[bytes]:
         """Yield a tensor's exact bytes in chunks of at most CHUNK_BYTES."""
@@ -267,6 +269,9 @@ def _read_layout(shard: Path) -> dict[str, StoredTensor]:
     entries = json.loads(header, object_pairs_hook=lambda pairs: _without_repeats(pairs, shard))
     entries.pop("__metadata__", None)
     data = 8 + len(header)
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{shard}: {name!r} is stored as {entry['dtype']}, which is not read here")
     tensors = {
         name: StoredTensor(shard, entry["dtype"], tuple(entry["shape"]), data + begin, data + end)
         for name, entry in entries.items()

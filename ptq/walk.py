@@ -52,7 +52,8 @@ class Walk:
         codec: Packs QuantizedTensors into the artefact's tensors and back.
         work: Where finished blocks are kept.
         clock: Gets the seconds by phase.
-        budget: Bytes of activations kept in memory, per stream; the rest is spilled. None for no limit.
+        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. Half goes to what lies
+            between blocks, half to forwards halted inside one; either half is shared by the two streams.
     """
 
     def __init__(self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock, *, budget: int | None = None):
@@ -93,8 +94,9 @@ class Walk:
 
     def _open_streams(self, tokens):
         spill = self.work.folder / "activations"
-        quantized = ActivationStore(spill / "quantized", self.budget)
-        full = ActivationStore(spill / "full", self.budget) if self.spec.correction > 0 else None
+        share = self.budget and self.budget // 4
+        quantized = ActivationStore(spill / "quantized", share)
+        full = ActivationStore(spill / "full", share) if self.spec.correction > 0 else None
         streams, by_rows = Streams(quantized, full), {}
         with self.model.outside(head=False):
             for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
@@ -125,32 +127,38 @@ class Walk:
             for stage in stages:
                 self._keep(i, stage, self._round_stage(i, stage), tensors, report)
             return tensors, report
-        arguments = streams.at(i)
-        modules = [[self.model.linear(i, name) for name in stage] for stage in stages]
         with ExitStack() as open_forwards:
-            quantized, *full = (
-                open_forwards.enter_context(
-                    SuspendedForwards(self.model.blocks[i], [h.to(self.model.device) for h in store], arguments, modules)
-                )
-                for store in streams
-            )
-            full_reads = self._advance(full)
+            quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
+            self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
-                H, G = self._accumulate(quantized, full_reads, self.model.stored_name(i, stage[0]))
+                H, G = self._accumulate(quantized, full, self.model.stored_name(i, stage[0]))
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
-                full_reads = self._advance(full)
+                self._run_ahead(full, streams.full)
                 self._keep(i, stage, solved, tensors, report)
-            for store, outputs in zip(streams, (*self._advance([quantized]), *full_reads), strict=True):
-                for b, hidden in enumerate(outputs):
-                    store[b] = hidden
+            self._run_ahead([quantized], streams.quantized)
         return tensors, report
 
-    def _advance(self, several):
-        """Runs every batch of each of several sets of forwards up to its next halt."""
-        with self.clock.phase("forward"):
-            return [[forwards.advance(b) for b in range(len(forwards))] for forwards in several]
+    def _forwards(self, i, streams, store):
+        """One stream's forwards through block i, halting at its stages."""
+        modules = [[self.model.linear(i, name) for name in stage] for stage in self.model.family.stages]
+        parking = None if self.budget is None else self.work.folder / "activations" / f"halted-{store.name}"
+        return SuspendedForwards(
+            self.model.blocks[i], store.on(self.model.device), streams.at(i), modules,
+            parking=parking, budget=self.budget and self.budget // 4,
+        )  # fmt: skip
 
-    def _accumulate(self, quantized, full_reads, name):
+    def _run_ahead(self, several, store):
+        """Runs every batch up to its next halt; what comes out of the block's end enters the next one."""
+        with self.clock.phase("forward"):
+            for forwards in several:
+                for b in range(len(forwards)):
+                    out = forwards.advance(b)
+                    if forwards.done(b):
+                        store[b] = out
+                    else:
+                        forwards.settle(b)
+
+    def _accumulate(self, quantized, full, name):
         """Runs the quantized stream up to a stage and sums what the stage will read: H, and G or None."""
         hessian = None
         for b in range(len(quantized)):
@@ -158,8 +166,10 @@ class Walk:
                 x = quantized.advance(b)
             with self.clock.phase("hessian"):
                 if hessian is None:
-                    hessian = Hessian(x.shape[-1], cross=bool(full_reads), device=x.device)
-                hessian.add(x, *(reads[b] for reads in full_reads))
+                    hessian = Hessian(x.shape[-1], cross=bool(full), device=x.device)
+                hessian.add(x, *(forwards.reads(b) for forwards in full))
+            for forwards in (quantized, *full):
+                forwards.settle(b)
         H, G = hessian.finalise()
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise InputError(

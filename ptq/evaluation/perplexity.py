@@ -17,7 +17,7 @@ from calibration.store import ActivationStore
 from ptq.streamed import StreamedModel
 
 BATCH_TOKENS = 4096
-LOGIT_ENTRIES = 1 << 25  # logits held at once, fp32
+LOGIT_ENTRIES = 1 << 24  # logits held at once, fp32
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ def measure_perplexity(model: StreamedModel, tokens, *, spill: Path | None = Non
                 store[b] = run_block(block, hidden.to(model.device), arguments[b][i])
     nll = torch.zeros((), dtype=torch.float64)
     with model.outside(head=True):
-        rows = max(1, LOGIT_ENTRIES // (model.config.vocab_size * tokens.shape[1]))
         for batch, hidden in zip(batches, store, strict=True):
-            for part, states in zip(batch.split(rows), hidden.split(rows), strict=True):
-                nll += _nll(model.logits(states.to(model.device)), part)
+            nll += _nll(model, hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     count = tokens.numel() - len(tokens)
     mean = float(nll) / count
     if not math.isfinite(mean):
@@ -72,7 +70,10 @@ def measure_perplexity(model: StreamedModel, tokens, *, spill: Path | None = Non
     return Perplexity(math.exp(min(mean, 700.0)), mean, count, tokens.shape[1])
 
 
-def _nll(logits, tokens):
-    predicted = logits[:, :-1].float().flatten(0, 1)
-    wanted = tokens[:, 1:].flatten().to(predicted.device)
-    return torch.nn.functional.cross_entropy(predicted, wanted, reduction="none").double().sum().cpu()
+def _nll(model, hidden, wanted):
+    """Summed over tokens: hidden (N, D) from the last block, wanted (N,) the tokens that follow."""
+    total, step = torch.zeros((), dtype=torch.float64), max(1, LOGIT_ENTRIES // model.config.vocab_size)
+    for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
+        logits = model.logits(states[None].to(model.device))[0].float()
+        total += torch.nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="none").double().sum().cpu()
+    return total

@@ -12,6 +12,9 @@ from ptq.export.gptq_tensors import packed_bits
 from ptq.export.shards import Entry, write_checkpoint
 
 MAX_SHARD_BYTES = 4_000_000_000
+# GPTQModel opens an asymmetric v1 file only if it names a GPTQModel from 0.9.0 on, whose zero points follow this rule
+# word by word; ours do too, since no stored zero point borrows from its neighbour (gptq_tensors.py).
+QUANTIZERS = ["ptq:0.1.0", "gptqmodel:0.9.0"]
 FILE_BITS = (2, 3, 4, 8)
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
 NOT_COPIED = (*WEIGHT_FILES, ".py", ".md")
@@ -83,7 +86,7 @@ def quantization_config(spec) -> dict:
         "checkpoint_format": spec.checkpoint_format,
         "format": spec.checkpoint_format,
         "pack_dtype": "int32",
-        "meta": {"quantizer": ["ptq:0.1.0"]},
+        "meta": {"quantizer": QUANTIZERS},
     }
 
 

@@ -9,33 +9,38 @@ from calibration.errors import InputError
 from ptq.grids.affine import AffineGrid
 from ptq.quantizers.columns import DAMP_ATTEMPTS, DAMP_GROWTH, damped_factor, quantize_columns
 
-OUTPUTS, INPUTS, GROUP, DAMP = 48, 56, 24, 0.05  # neither 24 nor 32 divides 56: the last group and block are ragged
+OUTPUTS, INPUTS, GROUP, DAMP = 48, 56, 24, 0.01  # neither 24 nor 32 divides 56: the last group and block are ragged
 BLOCKS = 1, 32, 128
 GRIDS = [(1, True)] + [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 SEEDS = 0, 1
 # The solver and the oracle compute the same reals along different routes. Each is off by about
-# cond(H) * eps * |w| <= 1e3 * 1e-16 * 1e1 = 1e-12 (the damping bounds cond by INPUTS / DAMP = 1120); 1000x headroom.
+# cond(H) * eps * |w| <= 6e3 * 1e-16 * 1e1 = 6e-12 (the damping bounds cond by INPUTS / DAMP = 5600); 100x headroom.
 CLOSE64 = 1e-9
 
 
 def correlated(seed, outputs=OUTPUTS, inputs=INPUTS, tokens=400):
-    """fp64 weights (O, I), activations (T, I) with a low-rank part and uneven columns, and H = 2/n X^T X."""
+    """fp64 weights (O, I), activations (T, I) with a strong low-rank part and uneven columns, and H = 2/n X^T X."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    mix = normal(inputs, inputs) / inputs**0.5 + normal(inputs, 3) @ normal(3, inputs) / 3
-    X = normal(tokens, inputs) @ mix * torch.exp(0.5 * normal(inputs))
+    rank = inputs * 3 // 7
+    X = (normal(tokens, inputs) + 3 * normal(tokens, rank) @ normal(rank, inputs)) * torch.exp(0.5 * normal(inputs))
     return normal(outputs, inputs), X, 2 / tokens * X.T @ X
 
 
-def surgeon(W, H, grid, params):
+def remaining_inverses(H):
+    """The literal inverse of what is left of H before each column: no factor, no update formula."""
+    return [torch.linalg.inv(H[k:, k:]) for k in range(len(H))]
+
+
+def surgeon(W, inverses, grid, params):
     """Optimal Brain Surgeon in fp64: round a column, spread its error by the inverse of the remaining Hessian.
 
     Args:
         W: (O, I) weights in visiting order.
-        H: (I, I) damped, in visiting order.
+        inverses: remaining_inverses of the damped Hessian in visiting order.
         grid: Only its list of values is used.
         params: Callable (k, remaining (O, I - k)) -> scale (O,), zero (O,).
 
@@ -45,8 +50,7 @@ def surgeon(W, H, grid, params):
     W, (O, I) = W.clone(), W.shape
     every_code = torch.arange(grid.top + 1, dtype=torch.float64)
     codes, loss, margin = torch.empty(O, I, dtype=torch.float64), torch.zeros(O).double(), torch.ones(O).double()
-    for k in range(I):
-        inverse = torch.linalg.inv(H[k:, k:])
+    for k, inverse in enumerate(inverses):
         scale, zero = params(k, W[:, k:].clone())
         distance = (scale[:, None] * (every_code - zero[:, None]) - W[:, k, None]).abs()
         two, nearest = distance.topk(2, largest=False)
@@ -73,17 +77,24 @@ def static_groups(W, H, grid):
 
 
 @lru_cache
+def prepared(ordered, seed):
+    """A problem, the order of its columns, its damped Hessian in natural order, the inverses in visiting order."""
+    W, _, H = correlated(seed)
+    order, H_damped = visiting_order(H, ordered), damped(H)
+    return W, H, order, H_damped, remaining_inverses(H_damped[order][:, order])
+
+
+@lru_cache
 def static_case(bits, sym, ordered, seed):
     """A problem with groups fitted in advance, and the surgeon's answer to it."""
-    (W, _, H), grid = correlated(seed), AffineGrid(bits, sym)
-    order, H_damped = visiting_order(H, ordered), damped(H)
+    (W, H, order, H_damped, inverses), grid = prepared(ordered, seed), AffineGrid(bits, sym)
     scale, zero = static_groups(W, H_damped, grid)
 
     def params(k, _):
         g = int(order[k]) // GROUP
         return scale[g], zero[g]
 
-    answer = surgeon(W[:, order], H_damped[order][:, order], grid, params)
+    answer = surgeon(W[:, order], inverses, grid, params)
     return W, H, order, grid, params, answer
 
 
@@ -91,7 +102,11 @@ def solve(W, H, order, grid, params, column_block, dtype=torch.float64):
     """quantize_columns on a natural-order problem: codes, D = Q - W (O, I) in visiting order, and the loss."""
     L, _ = damped_factor(H.to(dtype, copy=True), order, DAMP)
     Wt = W.T[order].to(dtype)
-    cast = (lambda *args: [p.to(dtype) for p in params(*args)])  # fmt: skip
+
+    def cast(k, remaining):
+        scale, zero = params(k, remaining)
+        return scale.to(dtype), zero.to(dtype)
+
     codes, Q, loss = quantize_columns(Wt.clone(), L.flip(0, 1), grid, cast, column_block=column_block)
     assert codes.dtype == Q.dtype == loss.dtype == dtype
     return codes.T, (Q - Wt).T, loss
@@ -121,11 +136,10 @@ def test_codes_equal_the_surgeons(bits, sym, ordered, seed, column_block):
 def test_single_precision(bits, sym, seed, column_block):
     W, H, order, grid, params, (codes, _, margin) = static_case(bits, sym, True, seed)
     ours, D, loss = solve(W, H, order, grid, params, column_block, torch.float32)
-    # A target is a sum of INPUTS terms of the size of a weight, at most 2**bits steps: its error is at most
-    # eps * 2**bits * INPUTS steps, in practice the square root of INPUTS. Rows that come closer to a tie may differ.
-    slack = 2**-23 * 2**bits * INPUTS
-    clear = margin > slack
-    assert clear.double().mean() > 0.9
+    # A target is a sum of INPUTS terms of the size of a weight, at most 2**bits steps, so rounding moves it by up to
+    # eps * 2**bits * INPUTS steps. Rows that come closer than that to a tie may differ; most rows do not.
+    clear = margin > 2**-23 * 2**bits * INPUTS
+    assert clear.double().mean() > 0.6
     assert torch.equal(ours.double()[clear], codes[clear])
     # error_k = target - q is at least a fraction of a step where target is up to 2**bits steps: relative error
     # eps * 2**bits, times a few operations.
@@ -133,13 +147,11 @@ def test_single_precision(bits, sym, seed, column_block):
     torch.testing.assert_close(loss.double().sum(), identity, rtol=max(1e-5, 2**-24 * 2**bits * 16), atol=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("column_block", BLOCKS)
-@pytest.mark.parametrize(("bits", "sym"), GRIDS)
-def test_groups_fitted_on_the_way(bits, sym, seed, column_block):
-    (W, _, H), grid = correlated(seed), AffineGrid(bits, sym)
-    H_damped, order = damped(H), torch.arange(INPUTS)
-    importance = torch.stack([1 / torch.linalg.inv(H_damped[k:, k:])[0, 0] for k in range(INPUTS)])
+@lru_cache
+def dynamic_case(bits, sym, seed):
+    """A problem whose groups are fitted when their first column is reached, and the surgeon's answer to it."""
+    (W, H, _, _, inverses), grid = prepared(False, seed), AffineGrid(bits, sym)
+    importance = torch.stack([1 / inverse[0, 0] for inverse in inverses])
 
     def fitting(seen):
         held = {}
@@ -153,24 +165,29 @@ def test_groups_fitted_on_the_way(bits, sym, seed, column_block):
 
         return params
 
-    expected, compensated = [], []
-    codes, loss, _ = surgeon(W, H_damped, grid, fitting(expected))
-    fit_compensated = fitting(compensated)
+    seen = []
+    codes, loss, _ = surgeon(W, inverses, grid, fitting(seen))
+    return W, H, grid, fitting, codes, loss, seen
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("column_block", BLOCKS)
+@pytest.mark.parametrize(("bits", "sym"), GRIDS)
+def test_groups_fitted_on_the_way(bits, sym, seed, column_block):
+    W, H, grid, fitting, codes, loss, expected = dynamic_case(bits, sym, seed)
+    fit = fitting(compensated := [])
 
     def params(k, remaining):
-        for width in (1, GROUP):  # a request that reaches over the end gets what is there
-            assert torch.equal(remaining(width), remaining(INPUTS)[:width]) or torch.allclose(
-                remaining(width), remaining(INPUTS)[:width], rtol=0, atol=CLOSE64
-            )
-        return fit_compensated(k, remaining(INPUTS).T)
+        if k % GROUP == 0:  # a request that reaches over the end gets what is there
+            torch.testing.assert_close(remaining(GROUP).T, expected[k][:, :GROUP], rtol=0, atol=CLOSE64)
+        return fit(k, remaining(INPUTS).T)
 
-    ours, D, our_loss = solve(W, H, order, grid, params, column_block)
+    ours, D, our_loss = solve(W, H, torch.arange(INPUTS), grid, params, column_block)
     for k in range(INPUTS):
-        assert compensated[k].shape == (OUTPUTS, INPUTS - k)
         torch.testing.assert_close(compensated[k], expected[k], rtol=0, atol=CLOSE64)
     assert torch.equal(ours, codes)
     torch.testing.assert_close(our_loss, loss, rtol=CLOSE64, atol=0)
-    torch.testing.assert_close(our_loss, trace(D, H_damped), rtol=CLOSE64, atol=0)
+    torch.testing.assert_close(our_loss, trace(D, damped(H)), rtol=CLOSE64, atol=0)
 
 
 def paper_loop(W, H, grid, params, column_block, slipped):
@@ -196,29 +213,27 @@ def paper_loop(W, H, grid, params, column_block, slipped):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("slipped", [False, True])
 def test_a_slipped_column_range_is_noticed(seed, slipped):
-    """The oracle and the loss identity see the slip that "better than rounding" tests passed for fourteen months."""
-    W, H, order, grid, params, (codes, _, _) = static_case(2, True, False, seed)
+    """The oracle and the loss identity both see mlx-lm's slip."""
+    W, H, _, grid, params, (codes, _, _) = static_case(4, True, False, seed)
     H_damped = damped(H)
     theirs, Q, loss = paper_loop(W, H_damped, grid, params, 16, slipped)
-    ratio = float(loss.sum() / trace(Q - W, H_damped).sum())
     wrong = float((theirs != codes).double().mean())
+    ratio = float(loss.sum() / trace(Q - W, H_damped).sum())
     if not slipped:
         assert wrong == 0 and abs(ratio - 1) < CLOSE64
         return
-    assert wrong > 0.1 and abs(ratio - 1) > 0.1, (wrong, ratio)
-    Q_nearest = torch.stack([grid.decode(grid.encode(w, *params(k, None)), *params(k, None)) for k, w in enumerate(W.T)], 1)
-    print(wrong, ratio, trace(Q - W, H_damped).sum() / trace(Q_nearest - W, H_damped).sum())
+    assert 0.2 < wrong < 0.35 and abs(ratio - 1) > 0.2, (wrong, ratio)
 
 
 def test_the_worked_example():
     """The 2x2 case of the module's docstring, by hand."""
-    H, W = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double(), torch.tensor([[0.4, 0.4]]).double()
-    U = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).double()
+    H, W = torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64), torch.tensor([[0.4, 0.4]], dtype=torch.float64)
+    U = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     assert torch.equal(U @ U.T, H)
     one, zero = torch.ones(1).double(), torch.zeros(1).double()
     codes, Q, loss = quantize_columns(W.T.clone(), U, AffineGrid(2, False), lambda k, _: (one, zero))
     assert codes.T.tolist() == [[0.0, 1.0]] and Q.T.tolist() == [[0.0, 1.0]]
-    torch.testing.assert_close(loss, torch.tensor([0.2]).double(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(loss, torch.tensor([0.2], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -240,7 +255,8 @@ def test_damping_grows_until_the_factor_exists():
     H = correlated(0)[2]
     values, vectors = torch.linalg.eigh(H)
     mean = float(values.mean())
-    for lowest, attempts in ((0.0, 1), (-0.1, 2), (-0.7, 3), (-1.0, 4)):  # of the mean: 0.05, 0.2, 0.8, 3.2 are tried
+    # Shares of the mean: 0.01, 0.04, 0.16 and 0.64 are tried in turn.
+    for lowest, attempts in ((0.0, 1), (-0.02, 2), (-0.1, 3), (-0.5, 4)):
         values[:3] = lowest * mean
         values[3:] *= (INPUTS * mean - 3 * lowest * mean) / values[3:].sum()
         indefinite = (vectors * values) @ vectors.T

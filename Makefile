@@ -1,0 +1,65 @@
+# Everything runs in .venv, which the first target that needs it creates from PYTHON (3.10 or later).
+# Paths are relative, so the checkout may lie anywhere, in a folder with spaces too.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := -m pip install --disable-pip-version-check --quiet -c constraints.txt
+READY := $(VENV)/ready
+TEST_READY := $(VENV)/test-ready
+PEERS := build/venv-peers
+PEERS_READY := $(PEERS)/ready
+DEMO := quantized/demo-w2g128-gptq
+
+.PHONY: help demo test test-slow test-gpu test-peers lint clean
+
+help:
+	@echo "make demo        quantize the embedded model to 2 bits and measure the file"
+	@echo "make test        the tests that need neither network nor GPU"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make test-peers  the files loaded by GPTQModel and transformers, in an environment of their own"
+	@echo "make lint        ruff"
+	@echo "make clean       remove the environments, caches and the demo's output"
+
+demo: $(READY)
+	rm -rf $(DEMO) $(DEMO).ptq-work
+	$(PY) -m ptq.quantize --bits 2 --group 128 --samples 64 --seqlen 512 --out $(DEMO)
+	$(PY) -m ptq.evaluate $(DEMO) --corpus stdlib --seqlen 512
+
+test: $(TEST_READY)
+	$(PY) -m pytest
+
+test-slow: $(TEST_READY)
+	$(PY) -m pytest -m slow --timeout 3600
+
+test-gpu: $(TEST_READY)
+	$(PY) -m pytest -m gpu --timeout 3600
+
+test-peers: $(PEERS_READY)
+	$(PEERS)/bin/python -m pytest -m peers --timeout 3600
+
+lint: $(TEST_READY)
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache $(DEMO) $(DEMO).ptq-work
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in alone and first: where a CPU build of it is at hand, nothing later replaces it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ptq needs Python 3.10 or later: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) $(PIP) torch
+	$(PY) $(PIP) -e .
+	@touch $@
+
+$(TEST_READY): $(READY)
+	$(PY) $(PIP) -e '.[test]'
+	@touch $@
+
+$(PEERS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) torch
+	$(PEERS)/bin/python $(PIP) -e '.[test]' gptqmodel==7.6.0 optimum==2.3.0
+	@touch $@
