@@ -4,10 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP := -m pip install --disable-pip-version-check -c constraints.txt
 READY := $(VENV)/ready
 TEST_READY := $(VENV)/test-ready
-PEERS := build/venv-peers
+TORCH := $(shell grep '^torch==' constraints.txt)
+PEERS := .venv-peers
 PEERS_READY := $(PEERS)/ready
 DEMO := quantized/demo-w2g128-gptq
 
@@ -25,7 +26,7 @@ help:
 demo: $(READY)
 	rm -rf $(DEMO) $(DEMO).ptq-work
 	$(PY) -m ptq.quantize --bits 2 --group 128 --samples 64 --seqlen 512 --out $(DEMO)
-	$(PY) -m ptq.evaluate $(DEMO) --corpus stdlib --seqlen 512
+	$(PY) -m ptq.evaluate $(DEMO) --corpus stdlib --seqlen 512 --max-tokens 60928
 
 test: $(TEST_READY)
 	$(PY) -m pytest
@@ -36,14 +37,14 @@ test-slow: $(TEST_READY)
 test-gpu: $(TEST_READY)
 	$(PY) -m pytest -m gpu --timeout 3600
 
-test-peers: $(PEERS_READY)
-	$(PEERS)/bin/python -m pytest -m peers --timeout 3600
+test-peers: $(TEST_READY) $(PEERS_READY)
+	$(PY) -m pytest -m peers --timeout 3600
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache $(DEMO) $(DEMO).ptq-work
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .ruff_cache $(DEMO) $(DEMO).ptq-work
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in alone and first: where a CPU build of it is at hand, nothing later replaces it.
@@ -58,8 +59,9 @@ $(TEST_READY): $(READY)
 	$(PY) $(PIP) -e '.[test]'
 	@touch $@
 
-$(PEERS_READY): pyproject.toml constraints.txt
+# The programs that load our files, in an environment apart: they pin a numpy of their own.
+$(PEERS_READY): constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python $(PIP) torch
-	$(PEERS)/bin/python $(PIP) -e '.[test]' gptqmodel==7.6.0 optimum==2.3.0
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check '$(TORCH)'
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0
 	@touch $@

@@ -17,8 +17,8 @@ from ptq.streamed import StreamedModel
 def parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=(
-        "Windows of seqlen tokens that do not overlap, cut from the joined held-out text; every token of a window but the "
-        "first counts. Figures compare only at the same text, tokenizer and seqlen."))  # fmt: skip
+        "Windows of seqlen tokens that do not overlap, cut from the joined held-out text; every token of a window but "
+        "the first counts. Figures compare only at the same text, tokenizer and seqlen."))  # fmt: skip
     p.add_argument("path", metavar="PATH", help="model folder or hub id")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--corpus", choices=list(CORPORA), default="wikitext2", help="held-out part of a corpus")

@@ -1,7 +1,7 @@
 """From a model folder to a verified, measured artefact: the order of the steps, and nothing else.
 
-open -> calibrate -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be refused is refused
-before the walk; the output folder appears only when all of it is true.
+open -> calibrate -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be refused is
+refused before the walk; the output folder appears only when all of it is true.
 """
 
 import json
@@ -330,7 +330,7 @@ def _measure(job, packed, work):
 def _sizes(checkpoint, packed, linears):
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     in_linears = sum(outputs * inputs for outputs, inputs in linears.values())
-    parts = [n for n in packed.packed.names() if n.rpartition(".")[0] in linears and not n.endswith((".bias", ".g_idx"))]
+    parts = [f"{linear}.{part}" for linear in linears for part in ("qweight", "qzeros", "scales")]
     before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
     after = sum(packed.packed.nbytes(name) for name in packed.packed.names())
     return {

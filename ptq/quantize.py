@@ -38,16 +38,20 @@ def parser() -> argparse.ArgumentParser:
         "2 bits take 2.14 bits per weight at 128, 2.28 at 64, 2.56 at 32 (default: 128)",
     )
     sym = grid.add_mutually_exclusive_group()
-    sym.add_argument("--sym", action="store_true", default=defaults.sym, help="zero in the middle of the grid; what fast kernels want (default)")
+    sym.add_argument("--sym", action="store_true", default=defaults.sym,
+                     help="zero in the middle of the grid; what fast kernels want (default)")  # fmt: skip
     sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
     grid.add_argument("--format", choices=CHECKPOINT_FORMATS, default=defaults.checkpoint_format,
-                      help="gptq: what every GPTQ loader reads (default); gptq_v2: stores zero points as they are")  # fmt: skip
+                      help="gptq: what every GPTQ loader reads (default)\n"
+                      "gptq_v2: stores zero points as they are")  # fmt: skip
     how = p.add_argument_group("method: how a weight's value is chosen")
     how.add_argument("--method", choices=METHODS, default=defaults.method,
-                     help="gptq: by the Hessian of calibration text (default); rtn: round to nearest, no text")  # fmt: skip
+                     help="gptq: by the Hessian of calibration text (default)\n"
+                     "rtn: round to nearest, no text")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
-                       help="form groups along the activation order (desc_act): a shuffled g_idx, slow in some runtimes")  # fmt: skip
+                       help="form groups along the activation order (desc_act):\n"
+                       "a shuffled g_idx, slow in some runtimes")  # fmt: skip
     order.add_argument("--no-act-order", action="store_true",
                        help="visit columns as they come. Default: activation order, groups left in place")  # fmt: skip
     text = p.add_argument_group("calibration text")

@@ -30,8 +30,9 @@ class GptqCheckpoint:
         self.config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         settings = packed.quantization_config
         self._transposed = family_of(self.config).transposed
-        if settings.get("quant_method") != "gptq":
-            raise InputError(f"{self.folder}: quant_method {settings.get('quant_method')!r} is not read here, only 'gptq'")
+        method = settings.get("quant_method")
+        if method != "gptq":
+            raise InputError(f"{self.folder}: quant_method {method!r} is not read here, only 'gptq'")
         self.bits, self.group_size = settings.get("bits"), settings.get("group_size")
         self.checkpoint_format = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         group_fits = type(self.group_size) is int and (self.group_size == -1 or self.group_size > 0)

@@ -181,9 +181,9 @@ class Walk:
     def _solve_stage(self, i, stage, H, G, salt):
         """(QuantizedTensor, report entry) of each linear of a stage."""
         with self.clock.phase("solve"):
-            W = torch.cat([self.model.weight(i, name).float() for name in stage])
+            weights = [self.model.weight(i, name) for name in stage]
             try:
-                solution = gptq(W, H, self.spec, G=G, seed=self.spec.seed + salt)
+                solution = gptq(weights, H, self.spec, G=G, seed=self.spec.seed + salt)
             except InputError as error:
                 raise InputError(f"{self.model.stored_name(i, stage[0])}: {error}") from None
             solved, start = [], 0

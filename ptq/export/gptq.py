@@ -16,8 +16,8 @@ MAX_SHARD_BYTES = 4_000_000_000
 # word by word; ours do too, since no stored zero point borrows from its neighbour (gptq_tensors.py).
 QUANTIZERS = ["ptq:0.1.0", "gptqmodel:0.9.0"]
 FILE_BITS = (2, 3, 4, 8)
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
-NOT_COPIED = (*WEIGHT_FILES, ".py", ".md")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+NOT_COPIED = (*WEIGHT_FILES, ".index.json", ".py", ".md")
 
 
 def check_bits(bits: int):

@@ -37,7 +37,7 @@ def damped_factor(H, order, damp_percent):
         damp_percent: First fraction to try.
 
     Returns:
-        L (I, I) lower triangular with (L flipped both ways) (...)^T = H[order][:, order], and the fraction added.
+        U (I, I) upper triangular with U U^T = H[order][:, order], and the fraction added.
 
     Raises:
         InputError: Nothing up to DAMP_GROWTH**DAMP_ATTEMPTS times the first fraction makes H positive definite.
@@ -50,7 +50,7 @@ def damped_factor(H, order, damp_percent):
         added = damp_percent
         L, info = torch.linalg.cholesky_ex(H.index_select(0, backwards).index_select(1, backwards))
         if int(info) == 0:
-            return L, added
+            return L.flip(0, 1), added  # LAPACK factors as lower times upper: ours is that of the reversed matrix
         damp_percent *= DAMP_GROWTH
     raise InputError(f"the Hessian is not positive definite even with {added:g} of its mean diagonal added")
 
@@ -60,7 +60,7 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
 
     Args:
         Wt: (I, O) target weights, one input column a row.
-        U: (I, I) upper triangular factor of the damped Hessian in the same order; overwritten.
+        U: (I, I) upper triangular factor of the damped Hessian in the same order.
         grid: Gives encode and decode.
         params: Callable (k, remaining) -> (scale (O,), zero (O,)) of column k. `remaining(width)` gives the weights
             (width, O) of the columns from k on as GPTQ has compensated them, for grids that are fitted on the way.
@@ -70,27 +70,29 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
         codes (I, O) as floats, Q (I, O), and the loss tr(D H D^T) of each output (O,).
     """
     I, O = Wt.shape
-    diagonal = U.diagonal().clone()
-    M = U.div_(diagonal)
+    diagonal = U.diagonal()
     codes, Q, D = torch.empty_like(Wt), torch.empty_like(Wt), torch.empty_like(Wt)
     loss = torch.zeros(O, device=Wt.device, dtype=Wt.dtype)
     for start in range(0, I, column_block):
         end = min(start + column_block, I)
-        target = Wt[start:end].addmm(M[:start, start:end].T, D[:start], alpha=-1)
+        M = U[:end, start:end] / diagonal[start:end]
+        target = Wt[start:end].addmm(M[:start].T, D[:start], alpha=-1)
+        M = M[start:]
         for k in range(start, end):
             t = target[k - start]
-            scale, zero = params(k, lambda width, k=k: _remaining(Wt, M, D, k, width))
+            scale, zero = params(k, lambda width, k=k: _remaining(Wt, U, D, k, width))
             codes[k] = grid.encode(t, scale, zero)
             Q[k] = grid.decode(codes[k], scale, zero)
             torch.sub(Q[k], Wt[k], out=D[k])
             error = (Q[k] - t).mul_(diagonal[k])
             loss.addcmul_(error, error)
-            target[k - start + 1 :].addr_(M[k, k + 1 : end], D[k], alpha=-1)
+            target[k - start + 1 :].addr_(M[k - start, k - start + 1 :], D[k], alpha=-1)
     return codes, Q, loss
 
 
-def _remaining(Wt, M, D, k, width):
+def _remaining(Wt, U, D, k, width):
     """Columns k..k+width that minimise the loss given the codes of columns ..k: what the paper's update leaves there."""
     end = min(k + width, Wt.shape[0])
-    rhs = torch.mm(M[:k, k:end].T, D[:k]).neg_()
-    return torch.linalg.solve_triangular(M[k:end, k:end].T, rhs, upper=False, unitriangular=True).add_(Wt[k:end])
+    lower = (U[k:end, k:end] / U.diagonal()[k:end]).T
+    rhs = torch.mm((U[:k, k:end] / U.diagonal()[k:end]).T, D[:k]).neg_()
+    return torch.linalg.solve_triangular(lower, rhs, upper=False, unitriangular=True).add_(Wt[k:end])

@@ -1,6 +1,7 @@
 """What a user can get wrong, through the real command lines: one line on stderr, status 2, nothing left behind."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from commands import read_report, run, token_file
+from damage import WEIGHTS, assert_one_line, config, cut, edit_json, edit_tensors, refused, set_values, write
 from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, make_tiny
 
-from ptq import evaluate, quantize
+from ptq import quantize
 from ptq.demo import DEMO
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 QUICK = "--bits 4 --group 32 --samples 4 --seqlen 32 --heldout none"
 
@@ -24,16 +26,6 @@ QUICK = "--bits 4 --group 32 --samples 4 --seqlen 32 --heldout none"
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     return make_tiny("llama", tmp_path_factory.mktemp("pristine") / "model")
-
-
-@pytest.fixture(scope="module")
-def packed(pristine, tmp_path_factory):
-    """A sound quantized folder."""
-    folder = tmp_path_factory.mktemp("packed")
-    tokens = token_file(folder / "c.npy", 4, 32)
-    flags = [*QUICK.split(), "--model", str(pristine), "--calibration", str(tokens)]
-    quantize.main([*flags, "--out", str(folder / "out")])
-    return folder / "out"
 
 
 @pytest.fixture
@@ -44,60 +36,6 @@ def here(pristine, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT * 20)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def listing(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*"))
-
-
-def refused(capsys, program, arguments, *words):
-    """The command prints one line with all the words, exits with 2 and leaves the folder as it was."""
-    before = listing(Path())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        program.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    assert left.value.code == 2 and printed.out == ""
-    assert_one_line(printed.err, *words)
-    assert listing(Path()) == before
-
-
-def assert_one_line(text, *words):
-    lines = text.splitlines()
-    if lines and lines[0].startswith("usage:"):  # argparse prints how to call it, then the one line
-        lines = lines[-1:]
-    assert len(lines) == 1 and "error: " in lines[0], text
-    for word in words:
-        assert word in lines[0], lines[0]
-
-
-def edit_json(file, **values):
-    Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | values))
-
-
-def edit_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def set_values(name, value, where=...):
-    def change(tensors):
-        tensors[name][where] = value
-
-    return lambda folder: edit_tensors(folder, change)
-
-
-def config(**values):
-    return lambda folder: edit_json(folder / "config.json", **values)
-
-
-def cut(name, keep):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
 
 
 def only_pickle(folder):
@@ -198,15 +136,16 @@ CALIBRATIONS = {
 }
 
 
-@pytest.mark.parametrize(("source", "make", "words"), [(s, m, w) for s, m, *w in CALIBRATIONS.values()], ids=CALIBRATIONS)
-def test_bad_calibration(here, capsys, source, make, words):
+@pytest.mark.parametrize("name", CALIBRATIONS)
+def test_bad_calibration(here, capsys, name):
+    source, make, *words = CALIBRATIONS[name]
     if make:
         make()
     refused(capsys, quantize, ["--model", "model", "--calibration", source, "--out", "out", *QUICK.split()], *words)
 
 
 TOKENIZERS = {
-    "of another model": (lambda folder: shutil.copy(DEMO / "tokenizer.json", folder), "text.txt", "through this tokenizer"),
+    "of another model": (lambda folder: shutil.copy(DEMO / "tokenizer.json", folder), "text.txt", "through this"),
     "cut short": (cut("tokenizer.json", 99), "text.txt", "has no usable tokenizer"),
     "missing, and a text to measure on": (lambda folder: (folder / "tokenizer.json").unlink(), "c.npy", "--heldout"),
 }
@@ -329,6 +268,13 @@ def test_disk_that_takes_nothing(here, capsys, small_disk, options, word):
     refused(capsys, quantize, flags, word)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="a superuser may write anywhere")
+def test_folder_that_may_not_be_written(here, capsys):
+    (here / "locked").mkdir(mode=0o555)
+    flags = ["--model", "model", "--calibration", "c.npy", "--out", "locked/new/out", *QUICK.split()]
+    refused(capsys, quantize, flags, "Permission denied")
+
+
 # Inputs that are unusual and must work
 
 
@@ -349,80 +295,6 @@ def test_inputs_that_are_all_zero(here):
 def test_group_that_does_not_divide(here):
     flags = QUICK.replace("--group 32", "--group 48").split()
     quantize.main(["--model", "model", "--calibration", "c.npy", "--out", "out", *flags])
-    verdicts = {verdict["name"]: verdict for verdict in read_report(Path("out"))["runtimes"]}
-    assert "a group does not divide" in verdicts["transformers + GPTQModel"]["why"]
+    verdicts = read_report(Path("out"))["runtimes"]
+    assert verdicts and not any(verdict["loads"] for verdict in verdicts) and all(verdict["why"] for verdict in verdicts)
 
-
-# A quantized folder that is broken
-
-
-def without(name):
-    return lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(name))
-
-
-def changed(name, function):
-    def change(tensors):
-        tensors[name] = function(tensors[name])
-
-    return lambda folder: edit_tensors(folder, change)
-
-
-def setting(**values):
-    def change(folder):
-        quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-        edit_json(folder / "config.json", quantization_config=quantization | values)
-
-    return change
-
-
-Q = "model.layers.0.self_attn.q_proj"
-PACKED = {
-    "no scales": (without(f"{Q}.scales"), f"{Q} lacks scales"),
-    "no words": (without(f"{Q}.qweight"), f"lacks {Q}.weight"),
-    "scales of another shape": (changed(f"{Q}.scales", lambda t: t[:1].clone()), f"{Q}.scales is F16 [1, 64]", "[2, 64]"),
-    "scales of no shape": (changed(f"{Q}.scales", lambda t: t[0, 0].clone()), f"{Q}.scales is F16 []"),
-    "zeros of floats": (changed(f"{Q}.qzeros", lambda t: t.float()), f"{Q}.qzeros is F32"),
-    "words of another shape": (changed(f"{Q}.qweight", lambda t: t[:, :32].clone()), f"{Q}."),
-    "words without columns": (changed(f"{Q}.qweight", lambda t: t[:, 0].clone()), f"{Q}."),
-    "g_idx out of range": (changed(f"{Q}.g_idx", lambda t: t + 1), "g_idx spans 1..2, outside the 2 groups"),
-    "NaN scales": (changed(f"{Q}.scales", lambda t: t * torch.nan), f"{Q}.scales holds NaN"),
-    "NaN in what was copied": (set_values("model.norm.weight", torch.nan), "model.norm.weight holds NaN"),
-    "another width": (setting(bits=8), "bits 8 and group_size 32 ask for"),
-    "no width": (setting(bits=None), "bits None, group_size 32 are no GPTQ layout"),
-    "group 0": (setting(group_size=0), "group_size 0 are no GPTQ layout"),
-    "unknown format": (setting(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not read here"),
-    "another method": (setting(quant_method="awq"), "quant_method 'awq' is not read here"),
-    "an empty quantization": (config(quantization_config={}), "quant_method None is not read here"),
-    "config of another shape": (config(intermediate_size=96), "config.json asks for (96, 64)"),
-    "cut short": (cut(WEIGHTS, -5), "cut short or damaged"),
-}
-
-
-@pytest.mark.parametrize(("damage", "words"), [(d, w) for d, *w in PACKED.values()], ids=PACKED)
-def test_evaluate_a_broken_folder(here, packed, capsys, damage, words):
-    damage(Path(shutil.copytree(packed, here / "packed")))
-    refused(capsys, evaluate, ["packed", "--text", "c.npy"], *words)
-
-
-EVALUATIONS = {
-    "nowhere/at/all --text c.npy": "there is no such folder",
-    "model --text short.txt": "one window needs 256",
-    "model --text c.npy --max-tokens 3": "less than one window",
-    "model --text text.txt --seqlen 1": "windows of 1 token predict nothing",
-    "model --text text.txt --seqlen 999": "longer than the model's context",
-    "model --corpus lore": "invalid choice: 'lore'",
-    "model --text c.npy --device cuda:99": "is not here",
-}
-
-
-@pytest.mark.parametrize("arguments", EVALUATIONS)
-def test_evaluate_with_bad_arguments(here, capsys, arguments):
-    (here / "short.txt").write_text("short")
-    refused(capsys, evaluate, arguments.split(), EVALUATIONS[arguments])
-
-
-def test_evaluate_in_a_process_of_its_own(here):
-    done = run("evaluate", "model", "--text", "text.txt", "--seqlen", "64", "--json")
-    assert done.returncode == 0 and done.stderr == ""
-    result = json.loads(done.stdout)
-    assert result["seqlen"] == 64 and result["tokens"] % 63 == 0

@@ -1,6 +1,5 @@
 """Runs that are killed, interrupted, repeated or damaged, and what --resume makes of them: always the same files."""
 
-import json
 import random
 import shutil
 import signal
@@ -110,10 +109,10 @@ def test_changed_run_is_refused_with_the_difference(here, capsys):
     assert "cannot resume, the run is another one: spec.bits 3 -> 4\n" in refused(capsys, "--resume", "--bits", "4")
     error = refused(capsys, "--resume", "--samples", "5", "--asym")
     assert "calibration.fingerprint" in error and "calibration.samples 6 -> 5; spec.sym True -> False" in error
-    config = json.loads(Path("model/config.json").read_text())
-    Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    config = Path("model/config.json").read_bytes()
+    Path("model/config.json").write_bytes(config.replace(b"silu", b"relu"))
     assert "model '" in refused(capsys, "--resume")
-    Path("model/config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    Path("model/config.json").write_bytes(config)
     tiny("--resume")
     assert_finished()
 
@@ -154,16 +153,15 @@ def flip(path, where):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize(
-    "damage",
+    ("block", "damage"),
     [
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(b""),
-        lambda path: flip(path, 0.02),
-        lambda path: flip(path, 0.6),
-        lambda path: flip(path, 0.999),
-        lambda path: path.unlink(),
+        (0, lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        (1, lambda path: path.write_bytes(b"")),
+        (2, lambda path: flip(path, 0.02)),
+        (0, lambda path: flip(path, 0.6)),
+        (1, lambda path: flip(path, 0.999)),
+        (1, lambda path: path.unlink()),
     ],
     ids=["cut short", "empty", "header", "middle", "end", "gone"],
 )

@@ -18,6 +18,15 @@ SEEDS = 0, 1
 CLOSE64 = 1e-9
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small run three times slower when threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def correlated(seed, outputs=OUTPUTS, inputs=INPUTS, tokens=400):
     """fp64 weights (O, I), activations (T, I) with a strong low-rank part and uneven columns, and H = 2/n X^T X."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +44,14 @@ def remaining_inverses(H):
     return [torch.linalg.inv(H[k:, k:]) for k in range(len(H))]
 
 
+def nearest_code(w, scale, zero, top):
+    """By comparison with every value of the grid: codes (O,), and how much further the second best is, in steps."""
+    distance = (scale[:, None] * (torch.arange(top + 1) - zero[:, None]) - w[:, None]).abs()
+    best, code = distance.min(1)
+    distance[torch.arange(len(w)), code] = torch.inf
+    return code.to(w.dtype), (distance.amin(1) - best) / scale.abs()
+
+
 def surgeon(W, inverses, grid, params):
     """Optimal Brain Surgeon in fp64: round a column, spread its error by the inverse of the remaining Hessian.
 
@@ -48,14 +65,11 @@ def surgeon(W, inverses, grid, params):
         codes (O, I); the loss of each output; each output's smallest distance to a tie, in steps of the grid.
     """
     W, (O, I) = W.clone(), W.shape
-    every_code = torch.arange(grid.top + 1, dtype=torch.float64)
     codes, loss, margin = torch.empty(O, I, dtype=torch.float64), torch.zeros(O).double(), torch.ones(O).double()
     for k, inverse in enumerate(inverses):
         scale, zero = params(k, W[:, k:].clone())
-        distance = (scale[:, None] * (every_code - zero[:, None]) - W[:, k, None]).abs()
-        two, nearest = distance.topk(2, largest=False)
-        codes[:, k] = every_code[nearest[:, 0]]
-        margin = torch.minimum(margin, (two[:, 1] - two[:, 0]) / scale.abs())
+        codes[:, k], to_tie = nearest_code(W[:, k], scale, zero, grid.top)
+        margin = torch.minimum(margin, to_tie)
         error = W[:, k] - scale * (codes[:, k] - zero)
         loss += error**2 / inverse[0, 0]
         W[:, k:] -= (error / inverse[0, 0])[:, None] * inverse[0]
@@ -100,14 +114,14 @@ def static_case(bits, sym, ordered, seed):
 
 def solve(W, H, order, grid, params, column_block, dtype=torch.float64):
     """quantize_columns on a natural-order problem: codes, D = Q - W (O, I) in visiting order, and the loss."""
-    L, _ = damped_factor(H.to(dtype, copy=True), order, DAMP)
+    U, _ = damped_factor(H.to(dtype, copy=True), order, DAMP)
     Wt = W.T[order].to(dtype)
 
     def cast(k, remaining):
         scale, zero = params(k, remaining)
         return scale.to(dtype), zero.to(dtype)
 
-    codes, Q, loss = quantize_columns(Wt.clone(), L.flip(0, 1), grid, cast, column_block=column_block)
+    codes, Q, loss = quantize_columns(Wt.clone(), U, grid, cast, column_block=column_block)
     assert codes.dtype == Q.dtype == loss.dtype == dtype
     return codes.T, (Q - Wt).T, loss
 
@@ -170,7 +184,7 @@ def dynamic_case(bits, sym, seed):
     return W, H, grid, fitting, codes, loss, seen
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:1])
 @pytest.mark.parametrize("column_block", BLOCKS)
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
 def test_groups_fitted_on_the_way(bits, sym, seed, column_block):
@@ -241,11 +255,10 @@ def test_the_worked_example():
 def test_the_factor_is_of_the_reordered_damped_hessian(ordered, dtype):
     H = correlated(0)[2].to(dtype)
     order, before = visiting_order(H, ordered), H.clone()
-    L, added = damped_factor(H, order, DAMP)
-    assert added == DAMP and torch.equal(L, L.tril())
+    U, added = damped_factor(H, order, DAMP)
+    assert added == DAMP and torch.equal(U, U.triu()) and bool((U.diagonal() > 0).all())
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(H, damped(before), rtol=4 * eps, atol=0)
-    U = L.flip(0, 1)
     # Backward error of Cholesky: below INPUTS * eps * H's largest diagonal entry (Higham, theorem 10.3).
     bound = INPUTS * eps * float(H.diagonal().max())
     torch.testing.assert_close(U @ U.T, H[order][:, order], rtol=0, atol=bound)
@@ -261,10 +274,9 @@ def test_damping_grows_until_the_factor_exists():
         values[3:] *= (INPUTS * mean - 3 * lowest * mean) / values[3:].sum()
         indefinite = (vectors * values) @ vectors.T
         work = indefinite.clone()
-        L, added = damped_factor(work, torch.arange(INPUTS), DAMP)
+        U, added = damped_factor(work, torch.arange(INPUTS), DAMP)
         assert added == pytest.approx(DAMP * DAMP_GROWTH ** (attempts - 1), rel=1e-12)
         torch.testing.assert_close(work, damped(indefinite, added), rtol=0, atol=CLOSE64 * mean)
-        U = L.flip(0, 1)
         torch.testing.assert_close(U @ U.T, work, rtol=0, atol=CLOSE64 * mean)
 
 

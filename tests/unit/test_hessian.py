@@ -1,0 +1,75 @@
+"""Streamed second moments against the whole matrix in fp64."""
+
+import pytest
+import torch
+from test_columns import correlated, one_thread  # noqa: F401
+
+from calibration.hessian import Hessian
+
+TOKENS = 400
+SPLITS = [[400], [1] * 400, [399, 1], [1, 399], [7] * 57 + [1], [128, 128, 128, 16]]
+
+
+def close(ours, exact, X, X_full):
+    """Within 1e-5 of the size of the terms, sqrt(H_ii H_jj): fp32 sums of n terms err by 2**-24 n at most = 2.4e-5,
+    and by 2**-24 sqrt(n) = 1.2e-6 in practice."""
+    size = (2 / TOKENS) * X_full.norm(dim=0)[:, None] * X.norm(dim=0)
+    return bool(((ours.double() - exact).abs() <= 1e-5 * size).all())
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=len)
+def test_any_split_gives_the_whole(split):
+    _, X, exact = correlated(0, tokens=TOKENS)
+    X_full = correlated(1, tokens=TOKENS)[1]
+    hessian, plain = Hessian(X.shape[1], cross=True), Hessian(X.shape[1])
+    for x, x_full in zip(X.float().split(split), X_full.float().split(split), strict=True):
+        hessian.add(x, x_full)
+        plain.add(x)
+    assert hessian.tokens == TOKENS
+    H, G = hessian.finalise()
+    assert H.dtype == G.dtype == torch.float32
+    assert close(H, exact, X, X)
+    assert close(G, 2 / TOKENS * X_full.T @ X, X, X_full)
+    H_plain, G_plain = plain.finalise()
+    assert G_plain is None and torch.equal(H_plain, H)
+    # G is not symmetric: rows belong to the full-precision stream.
+    assert not close(G.T, 2 / TOKENS * X_full.T @ X, X, X_full)
+
+
+def test_samples_and_tokens_are_all_rows():
+    X = correlated(0, tokens=TOKENS)[1].float()
+    flat, shaped = Hessian(X.shape[1], cross=True), Hessian(X.shape[1], cross=True)
+    flat.add(X, 2 * X)
+    shaped.add(X.view(4, 100, -1), 2 * X.view(4, 100, -1))
+    assert shaped.tokens == flat.tokens == TOKENS
+    for a, b in zip(flat.finalise(), shaped.finalise(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_half_inputs_are_summed_in_single_precision(dtype):
+    X = correlated(0, tokens=TOKENS)[1].to(dtype)
+    hessian = Hessian(X.shape[1], cross=True)
+    before = X.clone()
+    for x in X.split(50):
+        hessian.add(x, x)
+    H, G = hessian.finalise()
+    assert torch.equal(X, before)
+    X = X.double()
+    assert close(H, 2 / TOKENS * X.T @ X, X, X) and close(G, 2 / TOKENS * X.T @ X, X, X)
+
+
+def test_is_symmetric_and_dead_inputs_are_exact_zeros():
+    X = correlated(0, tokens=TOKENS)[1].float()
+    X[:, 7] = 0
+    hessian = Hessian(X.shape[1])
+    for x in X.split(33):
+        hessian.add(x)
+    H, _ = hessian.finalise()
+    assert torch.equal(H, H.T) and bool((H[7] == 0).all()) and bool((H[:, 7] == 0).all())
+    assert int((H.diagonal() == 0).sum()) == 1
+
+
+def test_no_tokens():
+    H, G = Hessian(4, cross=True).finalise()
+    assert torch.equal(H, torch.zeros(4, 4)) and torch.equal(G, torch.zeros(4, 4))
