@@ -52,11 +52,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ptq needs Python 3.10 or later: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) $(PIP) torch
-	$(PY) $(PIP) -e .
+	$(PY) $(PIP) --quiet -e .
 	@touch $@
 
 $(TEST_READY): $(READY)
-	$(PY) $(PIP) -e '.[test]'
+	$(PY) $(PIP) --quiet -e '.[test]'
 	@touch $@
 
 # The programs that load our files, in an environment apart: they pin a numpy of their own.

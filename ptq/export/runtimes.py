@@ -1,8 +1,8 @@
 """Which programs load a GPTQ folder, and why the others do not.
 
-The rules read what the loaders read: the written quantization_config and the shapes of the linears. They are those of
-GPTQModel 7.6 and transformers 5.23 on a CPU, vLLM's Marlin layer and ExLlamaV2; docs/formats.md says which were tried
-here and which stand on a runtime's source alone. Whether a runtime knows the architecture is not looked at.
+The rules read what the loaders read: the written quantization_config, the shapes of the linears, the architecture. They
+are those of GPTQModel 7.6 and transformers 5.23 on a CPU, vLLM's Marlin layer and ExLlamaV2; docs/formats.md says which
+were tried here and which stand on a runtime's source alone. Of architectures only the ones that failed here are known.
 """
 
 from collections.abc import Iterable
@@ -10,10 +10,18 @@ from dataclasses import asdict, dataclass
 
 from ptq.export.gptq import quantization_config
 
+GPTQMODEL, TRANSFORMERS = "GPTQModel", "transformers + GPTQModel"
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+INT4_GROUPS = (-1, 16, 32, 64, 128)  # of its default 4-bit CPU kernels; larger ones run in a kernel that takes all
+INT4_COLUMNS = (32, 64, 128, 256)  # what torch's operator under those kernels takes
 MARLIN_GROUPS = (-1, 32, 64, 128)
 EXLLAMA_GROUPS = (-1, 32, 64, 128, 256, 512, 1024)
-INT4_GROUPS = (16, 32, 64, 128)  # of GPTQModel's default 4-bit CPU kernel; others fall to a kernel that takes them all
+UNREAD = {  # (runtime, model_type): what it does with a GPTQ file of that architecture, whoever wrote it
+    (TRANSFORMERS, "gpt2"): "its GPT-2 code asks a packed linear for its weight",
+    (TRANSFORMERS, "gpt_bigcode"): "its GPTBigCode code asks a packed linear for its weight",
+    (GPTQMODEL, "phi3"): "it looks for gate_proj and up_proj where Phi-3 files have gate_up_proj",
+    (GPTQMODEL, "gpt_neox"): "it leaves out the head, which GPT-NeoX files call embed_out",
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,13 @@ class Runtime:
         return asdict(self)
 
 
-def runtimes(spec, shapes: Iterable[tuple[int, int]]) -> list[Runtime]:
+def runtimes(spec, shapes: Iterable[tuple[int, int]], model_type: str = "") -> list[Runtime]:
     """Verdicts for a checkpoint.
 
     Args:
         spec: QuantSpec.
         shapes: (O, I) of the quantized linears.
+        model_type: As in config.json.
     """
     shapes = list(shapes)
     config = quantization_config(spec)
@@ -45,13 +54,14 @@ def runtimes(spec, shapes: Iterable[tuple[int, int]]) -> list[Runtime]:
     gptqmodel = (
         (group in GPTQMODEL_GROUPS, f"group {group}; its kernels have {_listed(GPTQMODEL_GROUPS)}"),
         (
-            not (bits == 4 and ragged and group in INT4_GROUPS),
-            f"its default 4-bit CPU kernel fails at the first forward where group {group} does not divide the inputs",
+            bits != 4 or group not in INT4_GROUPS or _fits_int4(group, shapes),
+            "its default 4-bit CPU kernel needs groups of 32, 64 or 128 that divide the inputs;"
+            " its backend gptq_torch does not",
         ),
     )
     rules = {
-        "transformers + GPTQModel": gptqmodel,
-        "GPTQModel": (
+        TRANSFORMERS: gptqmodel,
+        GPTQMODEL: (
             *gptqmodel,
             (sym or not v1 or _known_producer(config), "it takes asymmetric v1 files only from itself; use gptq_v2"),
         ),
@@ -72,9 +82,16 @@ def runtimes(spec, shapes: Iterable[tuple[int, int]]) -> list[Runtime]:
     }
     verdicts = []
     for name, conditions in rules.items():
-        why = "; ".join(text for holds, text in conditions if not holds)
+        faults = [text for holds, text in conditions if not holds]
+        why = "; ".join([*filter(None, [UNREAD.get((name, model_type))]), *faults])
         verdicts.append(Runtime(name, not why, why))
     return verdicts
+
+
+def _fits_int4(group, shapes) -> bool:
+    """Whether torch's 4-bit CPU operator takes every linear; a whole row is a group of all its inputs."""
+    columns = [(inputs, inputs if group == -1 else group) for _, inputs in shapes]
+    return all(width in INT4_COLUMNS and inputs % width == 0 for inputs, width in columns)
 
 
 def _known_producer(config) -> bool:

@@ -4,7 +4,7 @@ import pytest
 
 from ptq.export import runtimes as module
 from ptq.export.gptq import quantization_config
-from ptq.export.runtimes import runtimes
+from ptq.export.runtimes import UNREAD, runtimes
 from ptq.spec import QuantSpec
 
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -21,7 +21,7 @@ def loading(shapes=LLAMA, **spec):
 
 
 def test_four_bits_symmetric_load_everywhere():
-    for group_size in (-1, 32, 64, 128):
+    for group_size in (32, 64, 128):
         for desc_act in (False, True):
             assert loading(bits=4, group_size=group_size, desc_act=desc_act) == {HF, GPTQMODEL, VLLM, EXLLAMA}
 
@@ -44,12 +44,22 @@ def test_ragged_groups_fail_in_the_four_bit_cpu_kernel_alone(bits, fails, group_
     found = verdicts(BABYLLAMA, bits=bits, group_size=group_size)
     for name in (HF, GPTQMODEL):
         assert found[name].loads is not fails
-        assert fails == ("does not divide the inputs" in found[name].why)
+        assert fails == ("needs groups of 32, 64 or 128 that divide" in found[name].why)
     assert "dividing the inputs" in found[VLLM].why
 
 
-def test_ragged_four_bit_groups_that_its_default_kernel_does_not_take_run_in_another():
-    assert {HF, GPTQMODEL} <= loading(BABYLLAMA, bits=4, group_size=256)
+@pytest.mark.parametrize(("inputs", "fits"), [(128, True), (256, True), (352, False), (4096, False)])
+def test_whole_rows_of_four_bits_are_groups_of_all_inputs_to_that_kernel(inputs, fits):
+    assert ({HF, GPTQMODEL} <= loading([(64, inputs)], bits=4, group_size=-1)) is fits
+    assert {HF, GPTQMODEL} <= loading([(64, inputs)], bits=2, group_size=-1)
+    assert VLLM in loading(bits=4, group_size=-1) and EXLLAMA in loading(bits=4, group_size=-1)
+
+
+def test_small_and_large_groups_of_four_bits():
+    assert not {HF, GPTQMODEL} & loading(bits=4, group_size=16)
+    assert {HF, GPTQMODEL} <= loading(bits=3, group_size=16)
+    for shapes in (LLAMA, BABYLLAMA):  # another kernel, which takes ragged groups too
+        assert {HF, GPTQMODEL} <= loading(shapes, bits=4, group_size=256)
 
 
 def test_four_bit_groups_that_divide_load_in_gptqmodel():
@@ -61,8 +71,8 @@ def test_group_sizes_without_a_kernel():
     assert not any(verdict.loads for verdict in found.values())
     for name in found:
         assert "group 48; " in found[name].why
-    assert loading(bits=4, group_size=16) == {HF, GPTQMODEL}
-    assert loading(bits=4, group_size=256) == {HF, GPTQMODEL, EXLLAMA}
+    assert VLLM not in loading(bits=4, group_size=256) and EXLLAMA in loading(bits=4, group_size=256)
+    assert EXLLAMA not in loading(bits=4, group_size=16)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +110,16 @@ def test_marlin_tiles(shape, fits):
 def test_exllama_reads_every_file_as_v1():
     assert "gptq_v2 as v1" in verdicts(bits=4, checkpoint_format="gptq_v2")[EXLLAMA].why
     assert verdicts(bits=4, sym=False)[EXLLAMA].loads
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refuses"),
+    [("gpt2", HF), ("gpt_bigcode", HF), ("phi3", GPTQMODEL), ("gpt_neox", GPTQMODEL), ("llama", None)],
+)
+def test_architectures_that_a_runtime_gets_wrong(model_type, refuses):
+    found = {verdict.name: verdict for verdict in runtimes(QuantSpec(bits=4), LLAMA, model_type)}
+    assert {name for name, verdict in found.items() if not verdict.loads} == {refuses} - {None}
+    assert refuses is None or found[refuses].why == UNREAD[refuses, model_type]
 
 
 def test_verdicts_for_the_report():
