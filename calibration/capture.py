@@ -158,7 +158,7 @@ class SuspendedForwards:
         if run is None:  # another set of forwards through the same block
             return
         if stage in run.reached:
-            assert run.reached[stage] == x.data_ptr(), "linears of one stage read different tensors: the family is wrong"
+            assert run.reached[stage] == x.data_ptr(), "linears of a stage read different tensors: the family is wrong"
             return
         run.reached[stage] = x.data_ptr()
         run.thread.parent.switch(x)

@@ -37,7 +37,9 @@ class ActivationStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"batch-{i:05d}.bin"
-        x.contiguous().view(torch.uint8).numpy().tofile(path)
+        aside = path.with_suffix(".partial")  # the old file may be mapped by a tensor somebody still holds
+        x.contiguous().view(torch.uint8).numpy().tofile(aside)
+        aside.replace(path)
         self._held[i] = (path, x.shape, x.dtype)
 
     def __getitem__(self, i: int) -> torch.Tensor:

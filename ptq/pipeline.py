@@ -71,7 +71,8 @@ def quantize_model(
             that calibration did not see.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: What blocks are computed in: "auto" (float32 on a CPU, the checkpoint's own on a GPU) or a name.
-        activation_budget: Bytes of activations kept in memory; the rest goes to the work folder.
+        activation_budget: Bytes of activations kept in memory, the rest goes to the work folder; None for two fifths
+            of the machine's memory. Does not change the result.
         resume: Go on with an interrupted run.
         trust_remote_code: Let the checkpoint bring its own model code.
 
@@ -97,7 +98,10 @@ def quantize_model(
         calibration = calibration or ("stdlib" if is_demo else "c4")
         drawn = _calibrate(tokenizer, streamed, spec, calibration, samples, seqlen)
         text, windows = _heldout(tokenizer, streamed, heldout, calibration, drawn, seqlen)
-    job = _Job(streamed, spec, linears, drawn, text, windows, clock, activation_budget)
+    budget = default_budget() if activation_budget is None else activation_budget
+    if budget < 0:
+        raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
+    job = _Job(streamed, spec, linears, drawn, text, windows, clock, budget)
     if os.path.lexists(out):
         return _finished_before(out, job.identity)
     work = WorkFolder(out, job.identity, resume=resume)
@@ -124,7 +128,7 @@ class _Job:
     text: str | None
     windows: torch.Tensor | None
     clock: Clock
-    budget: int | None
+    budget: int
 
     @property
     def identity(self) -> dict:
@@ -208,6 +212,11 @@ def choose_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def default_budget() -> int:
+    """Bytes of activations to keep in memory unless told otherwise: two fifths of what the machine has."""
+    return int(0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):

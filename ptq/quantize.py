@@ -65,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     run = p.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what blocks compute in")
+    run.add_argument("--activation-memory", metavar="GB", type=float,
+                     help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
@@ -97,6 +99,7 @@ def _quantize(args):
         heldout=args.heldout,
         device=args.device,
         dtype=args.dtype,
+        activation_budget=None if args.activation_memory is None else int(args.activation_memory * 1e9),
         resume=args.resume,
         trust_remote_code=args.trust_remote_code,
     )

@@ -18,12 +18,13 @@ from calibration.errors import InputError
 from calibration.hessian import Hessian
 from calibration.store import ActivationStore
 from ptq.clock import Clock
+from ptq.grids.affine import HALF_MAX
 from ptq.quantizers.gptq import gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 4096  # part of what decides the result to the last bit: sums run over batches
+BATCH_TOKENS = 2048  # part of what decides the result to the last bit: sums run over batches
 MEBIBYTE = 1 << 20
 
 
@@ -123,6 +124,7 @@ class Walk:
         """Every stage of a block: packed tensors by full name, and report entries by the linear's name."""
         tensors, report = {}, {}
         stages = self.model.family.stages
+        self._check_range(i)
         if streams is None:
             for stage in stages:
                 self._keep(i, stage, self._round_stage(i, stage), tensors, report)
@@ -137,6 +139,16 @@ class Walk:
                 self._keep(i, stage, solved, tensors, report)
             self._run_ahead([quantized], streams.quantized)
         return tensors, report
+
+    def _check_range(self, i):
+        """Refuses weights that no fp16 scale reaches."""
+        for name in self.model.family.linears:
+            largest = float(self.model.weight(i, name).abs().max())
+            if largest > HALF_MAX:
+                raise InputError(
+                    f"{self.model.stored_name(i, name)} holds a weight of {largest:.3g}; scales are stored in fp16,"
+                    f" which ends at {HALF_MAX:.0f}: the checkpoint is damaged"
+                )
 
     def _forwards(self, i, streams, store):
         """One stream's forwards through block i, halting at its stages."""

@@ -2,7 +2,8 @@
 
     python tools/quality_table.py grid.jsonl ... > table.md
 
-Lines of other tools join in if they carry the same keys: model, method, seed, bits, group, sym, perplexity, cpu_seconds.
+Lines of other tools join in if they carry the same keys: model, method, seed, bits, group, sym, perplexity,
+cpu_seconds.
 """
 
 import json
@@ -32,7 +33,7 @@ def main():
         print("|---" * (1 + 2 * len(methods)) + "|")
         for key in sorted({key[:-1] for key in cells if key[0] == model}):
             _, bits, group, asym = key
-            found = {m: summarise(cells[*key, m]) for m in methods if cells.get((*key, m))}
+            found = {m: summarise(cells[(*key, m)]) for m in methods if cells.get((*key, m))}
             best = min(value[0] for value in found.values())
             texts = [_perplexity(found.get(m), best) for m in methods]
             seconds = [f"{found[m][2]:.0f}" if m in found else "" for m in methods]

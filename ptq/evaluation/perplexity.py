@@ -16,7 +16,7 @@ from calibration.errors import InputError
 from calibration.store import ActivationStore
 from ptq.streamed import StreamedModel
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048  # an MLP holds four times its width for each
 LOGIT_ENTRIES = 1 << 24  # logits held at once, fp32
 
 

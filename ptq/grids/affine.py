@@ -13,6 +13,7 @@ import torch
 
 SHRINK_STEPS = 40  # scale candidates; the least-squares steps that follow make a finer search pointless
 FINE_STEPS = 2
+HALF_MAX = torch.finfo(torch.half).max
 CHUNK = 1 << 19  # elements searched at once: a few temporaries of this size stay in the second-level cache
 
 
@@ -121,8 +122,8 @@ class AffineGrid:
 
 
 def half_exact(scale):
-    """Rounds to the nearest fp16 value, kept in the tensor's own dtype."""
-    return scale.half().to(scale.dtype)
+    """Rounds to the nearest finite fp16 value, kept in the tensor's own dtype."""
+    return scale.clamp(-HALF_MAX, HALF_MAX).half().to(scale.dtype)
 
 
 def _nonzero(scale):

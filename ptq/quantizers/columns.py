@@ -10,8 +10,8 @@ and the bracket vanishes where q_k = w_k - sum_{j<k} d_j U_jk / U_kk: round that
 (QuIP, arXiv 2307.13304, theorem 6, shows that this is GPTQ.)
 
 A worked example, O = 1, I = 2, whole numbers as the grid: H = [[2, 1], [1, 1]], W = [0.4, 0.4]. U = [[1, 1], [0, 1]],
-so q_0 = round(0.4) = 0, d_0 = -0.4, the second target is 0.4 + 0.4 * 1 / 1 = 0.8 and q_1 = 1. Loss: 0.4^2 + 0.2^2 = 0.2,
-where plain rounding to (0, 0) leaves 0.8.
+so q_0 = round(0.4) = 0, d_0 = -0.4, the second target is 0.4 + 0.4 * 1 / 1 = 0.8 and q_1 = 1. Loss: 0.4^2 + 0.2^2,
+that is 0.2, where plain rounding to (0, 0) leaves 0.8.
 
 Legend: O outputs, I inputs, G groups. Matrices here are transposed, (I, O), so that a column is contiguous.
 """
@@ -91,7 +91,7 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
 
 
 def _remaining(Wt, U, D, k, width):
-    """Columns k..k+width that minimise the loss given the codes of columns ..k: what the paper's update leaves there."""
+    """Columns k..k+width that minimise the loss given the codes before k: what the paper's update leaves there."""
     end = min(k + width, Wt.shape[0])
     lower = (U[k:end, k:end] / U.diagonal()[k:end]).T
     rhs = torch.mm((U[:k, k:end] / U.diagonal()[k:end]).T, D[:k]).neg_()

@@ -16,7 +16,6 @@ from ptq.quantizers.columns import damped_factor, quantize_columns
 from ptq.quantizers.refine import refine, spread
 from ptq.quantizers.rtn import per_group
 
-
 CHUNK = 1 << 22  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
 
 

@@ -15,7 +15,7 @@ from ptq.grids.affine import half_exact
 CHUNK = 1 << 22  # entries of the per-row normal matrices that are held at once, in fp64
 
 
-def refit_scales(Wt, H, codes, scale, zero, group_size):
+def refit_scales(Wt, H, codes, scale, zero, group_size, *, HW=None):
     """Joint least-squares scales with codes fixed.
 
     Args:
@@ -25,11 +25,12 @@ def refit_scales(Wt, H, codes, scale, zero, group_size):
         scale: (G, O), overwritten in the rows that gain.
         zero: (G, O).
         group_size: Columns per group; the last group may be shorter.
+        HW: (I, O) H @ Wt, if it is known.
     """
     I, O = Wt.shape
     G = scale.shape[0]
     V = codes - spread(zero, group_size, I)
-    b = _group_sums(V * (H @ Wt), group_size)
+    b = _group_sums(V * (H @ Wt if HW is None else HW), group_size)
     A = torch.empty(G, G, O, device=Wt.device)
     for g in range(G):
         columns = slice(g * group_size, min((g + 1) * group_size, I))
@@ -98,16 +99,24 @@ def refine(Wt, H, codes, scale, zero, grid, group_size, *, rounds, generator, co
     """Alternates refit_scales and sweep_codes, in place, ending with a refit.
 
     Args:
-        Wt, H, codes, scale, zero, grid, group_size, column_block: As for sweep_codes; scale too is overwritten.
+        Wt: (I, O) target.
+        H: (I, I) damped.
+        codes: (I, O), overwritten.
+        scale: (G, O), overwritten.
+        zero: (G, O).
+        grid: Gives encode and decode.
+        group_size: Columns per group.
         rounds: How many times.
         generator: Draws the column orders.
+        column_block: Columns handled between two large matrix products.
     """
+    HW = H @ Wt if rounds else None
     for _ in range(rounds):
-        refit_scales(Wt, H, codes, scale, zero, group_size)
+        refit_scales(Wt, H, codes, scale, zero, group_size, HW=HW)
         order = torch.randperm(Wt.shape[0], generator=generator).to(Wt.device)
         sweep_codes(Wt, H, codes, scale, zero, grid, group_size, order=order, column_block=column_block)
     if rounds:
-        refit_scales(Wt, H, codes, scale, zero, group_size)
+        refit_scales(Wt, H, codes, scale, zero, group_size, HW=HW)
 
 
 def spread(per_group, group_size, columns):

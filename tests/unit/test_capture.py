@@ -228,6 +228,60 @@ def test_a_stage_of_linears_that_read_different_tensors_is_an_error(wrong, parke
     assert close_hooks(model) == 0
 
 
+class Hoarder(nn.Module):
+    """Keeps, across its halts, views of everything that is not its own, and changes an activation in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("table", torch.randn(4, 8))
+        self.own = []
+
+    def forward(self, hidden, shared):
+        views = hidden[:, 1:], shared[1:], self.first.weight[:2], self.table[1:]
+        doubled, tripled = hidden * 2, hidden * 3
+        self.own.append((doubled, tripled))
+        y = self.first(hidden)
+        doubled.add_(1)
+        z = self.second(y)
+        return z + doubled * tripled + sum(view.sum() for view in views)
+
+
+@torch.no_grad()
+def test_parking_takes_a_batchs_own_activations_and_nothing_else(tmp_path):
+    torch.manual_seed(0)
+    block, shared, hidden = Hoarder(), torch.randn(5, 8), [torch.randn(3, 4, 8) for _ in range(3)]
+    expected = [block(x, shared) for x in hidden]
+    foreign = [*hidden, shared, *block.parameters(), block.table]
+    block.own.clear()
+    each = 2 * hidden[0].nbytes  # doubled and tripled, at the first halt
+
+    def parked():
+        return len([*tmp_path.glob("*/*")])
+
+    for budget, files in ((0, 3), (each, 2), (2 * each, 1), (3 * each, 0)):
+        stages, arguments = [[block.first], [block.second]], [((shared,), {})] * 3
+        options = {"parking": tmp_path / "parked", "budget": budget}
+        with SuspendedForwards(block, hidden, arguments, stages, **options) as forwards:
+            for b in range(3):
+                assert forwards.advance(b) is hidden[b]
+                forwards.settle(b)
+                assert all(x.untyped_storage().nbytes() == x.nbytes for x in foreign)
+            assert parked() == files
+            emptied = [all(x.untyped_storage().nbytes() == 0 for x in own) for own in block.own]
+            assert sum(emptied) == files and any(emptied) == (files > 0)
+            for b in range(3):
+                forwards.advance(b)
+                assert torch.equal(forwards.reads(b), block.first(hidden[b]))
+                assert all(x.untyped_storage().nbytes() == x.nbytes for x in block.own[b])
+                forwards.settle(b)
+            for b in range(3):
+                forwards.reads(b)
+                assert torch.equal(forwards.advance(b), expected[b])
+        assert parked() == 0
+        block.own.clear()
+
+
 class Forgetful(nn.Module):
     """Frees the first linear's input before it makes the second's, of the same size: often at the same address."""
 
@@ -260,9 +314,11 @@ def test_a_stage_is_checked_by_tensor_and_not_by_address():
 def test_record_block_inputs_runs_no_block(streamed):
     model = streamed("gemma3_text")
     calls = []
-    hooks = [b.register_forward_pre_hook(lambda *_: calls.append(1)) for b in model.blocks]
+    untouched = [model.linear(i, name) for i in range(2) for name in model.family.linears] + [model.model.model.norm]
+    hooks = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in untouched]
     with model.outside(head=False):
-        hidden, arguments = model.embed(BATCHES[0])  # the blocks are on the meta device: running one would fail
+        hidden, arguments = model.embed(BATCHES[0])
+    assert not calls, "neither a block nor what follows the last one is run"
     assert hidden.shape == (2, 20, 64) and len(arguments) == len(model.blocks) and hidden.device.type == "cpu"
     for hook in hooks:
         hook.remove()
