@@ -97,11 +97,9 @@ class AffineGrid:
     def _candidates(self, w):
         """Yields (scale, zero) pairs to try."""
         if self.sym:
-            largest = w.abs().amax(1)
-            ends = 0.8, 3.0  # 1 bit: d from 0.4 to 1.5 times ... of the mean is inside this range of the maximum
-            if self.bits > 1:
-                ends = 0.55 / self.middle, 1.0 / max(self.middle - 1, 1)
-            else:
+            if self.bits > 1:  # from half the range clipped to the shorter side holding the largest weight
+                largest, ends = w.abs().amax(1), (0.55 / self.middle, 1.0 / max(self.middle - 1, 1))
+            else:  # +-d with d from 0.4 to 1.5 times the mean magnitude
                 largest, ends = w.abs().mean(1), (0.8, 3.0)
             for share in torch.linspace(*ends, SHRINK_STEPS).tolist():
                 scale = half_exact(_nonzero(largest * share))
@@ -122,13 +120,16 @@ class AffineGrid:
 
 
 def half_exact(scale):
-    """Rounds to the nearest finite fp16 value, kept in the tensor's own dtype."""
-    return scale.clamp(-HALF_MAX, HALF_MAX).half().to(scale.dtype)
+    """Rounds to the nearest finite fp16 value whose half is one too, kept in the tensor's own dtype.
+
+    The halves are what one-bit grids are stored by; only subnormal values are touched by the second condition.
+    """
+    return 2 * (scale.clamp(-HALF_MAX, HALF_MAX) / 2).half().to(scale.dtype)
 
 
 def _nonzero(scale):
     """An all-zero row gets scale 1: its codes sit on the zero point whatever the scale, and nothing divides by 0."""
-    return torch.where(scale > 0, scale.clamp(min=2.0**-24), torch.ones_like(scale))
+    return torch.where(scale > 0, scale.clamp(min=2.0**-23), torch.ones_like(scale))
 
 
 def _error(grid, w, weight, scale, zero):

@@ -40,7 +40,7 @@ def damped_factor(H, order, damp_percent):
         U (I, I) upper triangular with U U^T = H[order][:, order], and the fraction added.
 
     Raises:
-        InputError: Nothing up to DAMP_GROWTH**DAMP_ATTEMPTS times the first fraction makes H positive definite.
+        InputError: Nothing in DAMP_ATTEMPTS fractions, each DAMP_GROWTH times the last, makes H positive definite.
     """
     diagonal = H.diagonal()
     mean = float(diagonal.mean()) or 1.0  # every input dead: the identity, so plain rounding

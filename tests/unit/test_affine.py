@@ -157,6 +157,15 @@ def test_one_bit_is_plus_or_minus_half_a_scale():
     torch.testing.assert_close(scale / 2, best, rtol=2**-11, atol=0)
 
 
+def test_one_bit_scales_have_exact_halves():
+    """The file holds one bit in words of two, with half the scale."""
+    w, importance = rows_of("normal", dtype=torch.float32)
+    w *= torch.logspace(0, -7, len(w))[:, None]
+    grid = AffineGrid(1, True)
+    for scale, _ in (grid.fit_minmax(w), grid.fit(w, importance)):
+        assert torch.equal(scale / 2, (scale / 2).half().float())
+
+
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
 def test_zero_rows_stay_zero(bits, sym):
     grid = AffineGrid(bits, sym)

@@ -1,9 +1,11 @@
 """The walk on tiny models: what multiplies what, how often, and that nothing depends on memory or interruptions."""
 
+import shutil
 from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_columns import one_thread  # noqa: F401
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
@@ -245,6 +247,16 @@ def test_activations_that_overflow_are_named(walk, tiny, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="inputs of model.layers.0.self_attn.q_proj are not finite"):
         walk(tiny("llama"), tmp_path / "out")
     assert model.blocks[0].self_attn.q_proj.weight.is_meta
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_weights_that_no_fp16_scale_reaches_are_named(method, walk, tiny, tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = -1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj holds a weight of 1e.06; .* fp16"):
+        walk(folder, tmp_path / "out", QuantSpec(bits=4, group_size=32, method=method, refine_rounds=0))
 
 
 def test_blocks_are_freed(walk, tiny, tmp_path):
