@@ -25,7 +25,7 @@ CELLS = [
     (1, 128, True, "gptq", "rtn"),
     (2, 64, True, "gptq", "gptq"),  # signed scales
     (3, 32, False, "gptq", "gptq"),
-    (4, -1, True, "gptq", "gptq"),
+    (4, 64, True, "gptq", "gptq"),  # whole rows fail in the 4-bit CPU kernel of both consumers, docs/formats.md
 ]
 
 
