@@ -159,6 +159,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         verify(packed, checkpoint, per_linear)
     with clock.phase("perplexity"):
         perplexity = _measure(job, packed, work)
+    verdicts = runtimes(job.spec, job.linears.values(), checkpoint.config["model_type"])
     report = {
         "identity": job.identity,
         "model": checkpoint.folder.resolve().name,
@@ -167,7 +168,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
         "peak_memory_bytes": peak_memory(job.streamed.device),
         "resumed": work.resumed,
-        "runtimes": [verdict.as_dict() for verdict in runtimes(job.spec, job.linears.values())],
+        "runtimes": [verdict.as_dict() for verdict in verdicts],
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

@@ -61,7 +61,7 @@ class QuantSpec:
                 not self.desc_act or self.column_order == "activation",
                 "desc_act needs column_order 'activation'",
             ),
-            (0 < self.damp_percent < 10, f"damp_percent {self.damp_percent} is not between 0 and 10"),
+            (0 < self.damp_percent < 1, f"damp_percent {self.damp_percent} is not between 0 and 1"),
             (self.column_block > 0, f"column_block {self.column_block} is not positive"),
             (self.refine_rounds >= 0, f"refine_rounds {self.refine_rounds} is negative"),
             (0 <= self.correction <= 1, f"correction {self.correction} is not between 0 and 1"),

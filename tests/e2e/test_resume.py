@@ -194,7 +194,13 @@ def demo(tmp_path_factory):
 
 def signalled(arguments, number, *, at, then=None):
     """Starts a run and sends a signal once `at` is true; (status, stderr)."""
-    process = subprocess.Popen(command("quantize", *arguments), stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command("quantize", *arguments),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     while process.poll() is None and not at():
         time.sleep(0.005)
     if then:
