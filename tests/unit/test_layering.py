@@ -21,7 +21,9 @@ LAYERS = {
         "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
-    "ptq.walk": ("ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration"),
+    "ptq.walk": (
+        "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration",
+    ),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.qtensor", "calibration"),
     "ptq.streamed": ("ptq.families", "calibration"),
     "ptq.workdir": ("ptq.export.shards", "calibration"),
