@@ -13,7 +13,9 @@ OWN = ("calibration", "ptq")
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.spec", "calibration"),
-    "ptq.evaluate": ("ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
+    "ptq.evaluate": (
+        "ptq.load", "ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
+    ),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.continuation": ("ptq.load", "ptq.pipeline", "calibration"),
