@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from calibration.errors import InputError
 from ptq.evaluation.answers import AnswerStore, artefact_hash
-from ptq.evaluation.tasks import PRESETS, Preset, local_config
+from ptq.evaluation.tasks import PRESETS, Preset, articles, local_config, pages_config
 
 FEWSHOT_SEED = 1234  # the harness's own
 PROBE_SECONDS = 5.0
@@ -43,14 +44,11 @@ def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> dict:
     Raises:
         InputError: A name is no task, its file is missing or broken, or the hub did not give its questions.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError("--tasks needs lm-evaluation-harness: pip install 'ptq[eval]'")
+    _check_harness()
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if data_dir is not None:
-        tasks = [_local_task(name, data_dir) for name in names]
-        return TaskManager(include_defaults=False).load(tasks)
+        return _own_tasks([local_config(name, data_dir) for name in names])
     manager = TaskManager()
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -62,8 +60,26 @@ def load_tasks(names: tuple[str, ...], data_dir: Path | None) -> dict:
     return {key: {k: v for part in parts for k, v in part[key].items()} for key in parts[0]}
 
 
+def document_tasks(documents: Iterable[str]) -> dict:
+    """The harness's wikitext task over documents of one's own; one in WikiText's markup is taken apart into articles.
+
+    Perplexity of words and of bytes, and bits per byte. Words and bytes are the document's as it is; what is scored is
+    the text after the harness's detokenizer, which mends the spaces that WikiText has around punctuation.
+    """
+    _check_harness()
+    pages = [page for document in documents for page in articles(document)]
+    return _own_tasks([pages_config("wikitext", pages)])
+
+
 def run_tasks(
-    model, tokenizer, tasks: dict, store: AnswerStore, *, batch_size: int = 8, limit: int | None = None
+    model,
+    tokenizer,
+    tasks: dict,
+    store: AnswerStore,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    max_length: int | None = None,
 ) -> list[Score]:
     """Scores of a transformers model on loaded tasks.
 
@@ -74,12 +90,13 @@ def run_tasks(
         store: What was answered before, and where new answers go.
         batch_size: Requests in a forward.
         limit: Questions of each task; None for all.
+        max_length: Tokens of a forward; None for the model's context.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _quiet():
-        lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+        lm = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         store.attach(lm)
         for task in tasks["tasks"].values():  # as the harness's own command line does
             if task.get_config("num_fewshot") is None:
@@ -89,14 +106,13 @@ def run_tasks(
     return _scores(results)
 
 
-def answer_store(folder: Path, model, cache: Path | None) -> AnswerStore:
+def answer_store(folder: Path, model, cache: Path, max_length: int | None = None) -> AnswerStore:
     """The answers of one artefact, computed in one way by one version of the harness."""
-    if cache is None:
-        return AnswerStore(None, sys.stderr)
     identity = {
         "artefact": artefact_hash(folder),
         "dtype": str(model.dtype),
         "device": model.device.type,
+        "max_length": max_length,
         "versions": [version(name) for name in ("lm_eval", "torch", "transformers")],
     }
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
@@ -117,12 +133,26 @@ def preset_average(wanted: str, scores: list[Score]) -> tuple[str, float] | None
     return None if value is None else (preset.average, value)
 
 
-def _local_task(name, data_dir):
+def _check_harness():
+    if find_spec("lm_eval") is None:
+        raise InputError("this needs lm-evaluation-harness: pip install 'ptq[eval]'")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _own_tasks(configs) -> dict:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False).load([_own_task(config) for config in configs])
+
+
+def _own_task(config):
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks.wikitext import preprocess_wikitext as wikitext
 
-    config = local_config(name, data_dir)
     rows = config.pop("rows")
+    if "page" in rows[0]:
+        config |= {"doc_to_target": wikitext.wikitext_detokenizer, "process_results": wikitext.process_results}
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}})
 
 

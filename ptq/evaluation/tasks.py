@@ -6,8 +6,10 @@ what the harness makes of the same question.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from calibration.errors import InputError
@@ -57,12 +59,18 @@ LAYOUTS = {
         "output_type": "multiple_choice", "doc_to_choice": "context_options", "doc_to_target": "continuation",
         "doc_to_text": "gold", "metric_list": ACC,
     },
+    ("page",): {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
     ("context", "continuation"): {
         "output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}",
         "metric_list": PERPLEXITY + ACC,
     },
 }  # fmt: skip
 KINDS = {"query": str, "choices": list, "gold": int, "context_options": list, "continuation": str, "context": str}
+KINDS |= {"page": str}
+TITLE = re.compile(r"= (?!=).*(?<!=) =")  # one "=" on each side; sections of an article have more
 
 
 def choose_tasks(wanted: str, data_dir: Path | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -94,7 +102,31 @@ def local_config(name: str, data_dir: Path) -> dict:
     file = _file(name, data_dir)
     if not file.is_file():
         raise InputError(f"--data-dir {data_dir}: has no {file.name} for the task {name}")
-    rows, layout = _rows(file)
+    return _config(name, *_rows(file))
+
+
+def pages_config(name: str, pages: Iterable[str]) -> dict:
+    """The same of documents whose perplexity is wanted.
+
+    Raises:
+        InputError: There are none.
+    """
+    rows = [{"page": page} for page in pages if page.strip()]
+    if not rows:
+        raise InputError(f"the text for {name} is empty")
+    return _config(name, rows, ("page",))
+
+
+def articles(text: str) -> list[str]:
+    """A text in WikiText's markup as its articles, each from its title to the next; another text as it is."""
+    lines = text.split("\n")
+    starts = [i for i, line in enumerate(lines) if TITLE.fullmatch(line.strip())]
+    bounds = [0, *starts, len(lines)]
+    pages = ["\n".join(lines[first:last]) for first, last in pairwise(bounds)]
+    return [page for page in pages if page.strip()]
+
+
+def _config(name, rows, layout):
     settings = {"doc_to_text": "{{query}}"} | LAYOUTS[layout] | PROMPTS.get(name, {})
     return {"task": name, "test_split": "test", "metadata": {"version": "local"}, "rows": rows, **settings}
 

@@ -132,7 +132,7 @@ def test_a_preset_runs_what_is_there_and_names_what_is_not(here, capsys):
     evaluate.main("model --tasks qat --limit 4 --data-dir questions --cache cache".split())
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
-    assert lines[0] == ["metric", "value", "stderr", "questions"]
+    assert lines[0] == ["metric", "value", "stderr", "samples"]
     assert [line[:2] for line in lines[1:5]] == [
         ["arc_easy", "acc"], ["arc_easy", "acc_norm"], ["hellaswag", "acc"], ["hellaswag", "acc_norm"],
     ]  # fmt: skip
