@@ -66,10 +66,11 @@ class AnswerStore:
         return answer
 
 
-def artefact_hash(folder: Path) -> str:
-    """Hex sha256 of every file of a folder that has a say in what the model answers."""
+def artefact_hash(artefact: Path) -> str:
+    """Hex sha256 of a file, or of every file of a folder that has a say in what the model answers."""
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in HASHED for file in Path(folder).glob(pattern) if file.name != REPORT}):
+    inside = {file for pattern in HASHED for file in artefact.glob(pattern) if file.name != REPORT}
+    for file in [artefact] if artefact.is_file() else sorted(inside):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as content:
             while chunk := content.read(CHUNK_BYTES):

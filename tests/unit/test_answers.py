@@ -97,4 +97,5 @@ def test_an_artefact_s_hash_is_of_all_its_bytes_and_not_of_its_report(tmp_path):
         weights.write(b"\1")
     changed = artefact_hash(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    assert len({before, changed, artefact_hash(tmp_path)}) == 3
+    alone = artefact_hash(tmp_path / "model.safetensors")
+    assert len({before, changed, artefact_hash(tmp_path), alone}) == 4

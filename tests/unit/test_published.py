@@ -11,6 +11,7 @@ import pytest
 from ptq.evaluation.published.doubts import averages, find_doubts
 from ptq.evaluation.published.page import page
 from ptq.evaluation.published.rows import SOURCES, PublishedRow, published_rows
+from ptq.evaluation.tasks import PRESETS
 
 ROWS = published_rows()
 SEEDS = ("000", "001", "002", "003", "004")  # the documents, in the order of SOURCES
@@ -63,8 +64,13 @@ def test_a_printed_number(value, number, ulp):
 
 
 def test_names_of_the_harness():
-    known = {row.harness_task for row in ROWS if row.harness_metric in ("acc", "acc_norm")}
-    assert {"arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag", "openbookqa", "mathqa"} <= known
+    """Every task of a preset that a document reports is found under the harness's name."""
+    printed = {source: {row.harness_task for row in ROWS if row.source == source} for source in SOURCES}
+    assert set(PRESETS["qat"].tasks) <= printed["bitdistiller"]
+    assert set(PRESETS["greenbit"].tasks) <= printed["greenbit"]
+    assert set(PRESETS["onebit"].tasks) <= printed["onebit"]
+    assert set(PRESETS["starcoder"].tasks) <= printed["starcoder"]
+    assert {row.harness_metric for row in ROWS if row.share} >= {"acc", "acc_norm", "f1", "em"}
 
 
 def test_bits_per_byte_are_the_logarithm_of_byte_perplexity():

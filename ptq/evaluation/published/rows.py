@@ -25,8 +25,17 @@ TASKS = {
     "Openbookqa": "openbookqa",
     "PIQA": "piqa",
     "Winogrande": "winogrande",
+    "codexglue_code2text": "code2text",
 }
-METRICS = {"": "acc", "Accuracy": "acc", "Normalized Accuracy": "acc_norm", "ac_norm": "acc_norm"}
+TRUTHFULQA = {"mc1": "truthfulqa_mc1", "mc2": "truthfulqa_mc2"}  # one task with two metrics then, two tasks now
+METRICS = {
+    "": "acc",
+    "Accuracy": "acc",
+    "Normalized Accuracy": "acc_norm",
+    "ac_norm": "acc_norm",
+    "mc1": "acc",
+    "mc2": "acc",
+}
 QA_TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")
 AVERAGES = ("QA Avg", "QA avg", "Average")
 
@@ -90,7 +99,7 @@ class PublishedRow:
     @property
     def harness_task(self) -> str:
         """The task by the harness's name."""
-        return TASKS.get(self.task, self.task)
+        return TRUTHFULQA.get(self.metric) or TASKS.get(self.task, self.task)
 
     @property
     def harness_metric(self) -> str:
