@@ -75,6 +75,9 @@ def _default_cache() -> Path:
 
 
 def _tasks(args):
+    for flag, value in (("--text", args.text), ("--max-tokens", args.max_tokens), ("--reference", args.reference)):
+        if value is not None:
+            raise InputError(f"--tasks asks questions and takes no {flag}: run the perplexity on its own")
     names, absent = choose_tasks(args.tasks, args.data_dir)
     scores = _scores(args, load_tasks(names, args.data_dir))
     average = preset_average(args.tasks, scores)

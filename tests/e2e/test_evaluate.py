@@ -76,6 +76,8 @@ def test_fewer_bits_diverge_further(here, capsys):
 
 
 BAD = {
+    "model --tasks piqa --reference w8": "--tasks asks questions and takes no --reference",
+    "model --tasks piqa --text text.txt": "--tasks asks questions and takes no --text",
     "model --protocol lm-eval --max-tokens 9 --text text.txt": "takes whole documents: no --max-tokens",
     "model --protocol lm-eval --reference w8 --text text.txt": "takes whole documents: no --max-tokens, and no --ref",
     "model --protocol lm-eval --text c.npy": "c.npy: --protocol lm-eval counts words and bytes",
