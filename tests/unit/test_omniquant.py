@@ -159,7 +159,7 @@ def test_a_resumed_or_spilled_run_gives_the_same_bytes(let, aug_loss, tiny, tmp_
     assert changed == {f"model.layers.{i}.{name}" for i in range(2) for name in expected}
     for report in whole.reports:
         for entry in report.values():
-            assert 0 < entry["error"] < (entry["error_rtn"] if not let else 1)  # four steps settle no scales
+            assert 0 < entry["error"] and (let or entry["error"] < entry["error_rtn"])  # a few steps settle no scales
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma2"])
