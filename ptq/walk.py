@@ -95,7 +95,7 @@ class Walk:
                 tensors, report = self._solve_block(i, streams)
                 with self.clock.phase("write"):
                     self.work.save_block(i, tensors, report)
-            self._refuse_to_go_on(i, report)
+            self._stop_if_diverged(i, report)
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
     def _open_streams(self, tokens):
@@ -171,7 +171,7 @@ class Walk:
             reached = training.advance()
         return tensors, {name: reached | entry for name, entry in report.items()}
 
-    def _refuse_to_go_on(self, i, report):
+    def _stop_if_diverged(self, i, report):
         """Ends the run after a block whose training broke off: whoever resumes accepts its best state."""
         stopped = next((entry["stopped"] for entry in report.values() if "stopped" in entry), None)
         if stopped:
