@@ -22,6 +22,7 @@ from calibration.store import ActivationStore
 from ptq.blockwise import BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
+from ptq.memory import release_freed
 from ptq.quantizers.gptq import gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
@@ -145,9 +146,11 @@ class Walk:
             quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
+                release_freed()
                 H, G = self._accumulate(quantized, full, self.model.stored_name(i, stage[0]))
+                self._run_ahead(full, streams.full)  # before solving: a stage's inputs may be wider than its outputs
+                release_freed()
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
-                self._run_ahead(full, streams.full)
                 self._keep(i, stage, solved, tensors, report)
             self._run_ahead([quantized], streams.quantized)
         return tensors, report

@@ -239,4 +239,3 @@ def sync_folder(folder: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
