@@ -26,7 +26,7 @@ LAYERS = {
     "ptq.streamed": ("ptq.families", "calibration"),
     "ptq.workdir": ("ptq.export.shards", "calibration"),
     "ptq.checkpoint": ("ptq.export.shards", "calibration"),
-    "ptq.export": ("ptq.qtensor", "calibration"),
+    "ptq.export": ("ptq.families", "ptq.qtensor", "calibration"),
     "ptq.quantizers": ("ptq.grids", "ptq.qtensor", "calibration"),
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),
