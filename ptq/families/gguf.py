@@ -17,12 +17,14 @@ class GgufKey:
         name: The attribute of the transformers config.
         kind: int, float or bool; an int is stored as uint32.
         shapes: It is a length of some tensor, so no file needs it larger than its longest one.
+        unset: What the file says where the config says None; None: the config may not.
     """
 
     key: str
     name: str
     kind: type = int
     shapes: bool = True
+    unset: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,6 @@ _RMS_GQA = (
     GgufKey("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
 )
 _HEAD_WIDTH = (GgufKey("attention.key_length", "head_dim"), GgufKey("attention.value_length", "head_dim"))
-_WINDOW = GgufKey("attention.sliding_window", "sliding_window", shapes=False)
-_FINAL_CAP = GgufKey("final_logit_softcapping", "final_logit_softcapping", float)
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 
 LLAMA = GgufArchitecture(
@@ -138,7 +138,7 @@ GPT_NEOX = GgufArchitecture(
 PHI3 = GgufArchitecture(
     name="phi3",
     model_type="phi3",
-    keys=(*_SIZES, *_RMS_GQA, _WINDOW),
+    keys=(*_SIZES, *_RMS_GQA, GgufKey("attention.sliding_window", "sliding_window", shapes=False, unset=0)),
 )
 GEMMA2 = GgufArchitecture(
     name="gemma2",
@@ -147,9 +147,9 @@ GEMMA2 = GgufArchitecture(
         *_SIZES,
         *_RMS_GQA,
         *_HEAD_WIDTH,
-        _WINDOW,
+        GgufKey("attention.sliding_window", "sliding_window", shapes=False),
         GgufKey("attn_logit_softcapping", "attn_logit_softcapping", float),
-        _FINAL_CAP,
+        GgufKey("final_logit_softcapping", "final_logit_softcapping", float),
     ),
     fixed=(("attention_bias", False),),
     activations=_TANH_GELU,
@@ -162,7 +162,13 @@ GEMMA2 = GgufArchitecture(
 GEMMA3 = GgufArchitecture(
     name="gemma3",
     model_type="gemma3_text",
-    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH, _WINDOW, _FINAL_CAP),
+    keys=(
+        *_SIZES,
+        *_RMS_GQA,
+        *_HEAD_WIDTH,
+        GgufKey("attention.sliding_window", "sliding_window", shapes=False),
+        GgufKey("final_logit_softcapping", "final_logit_softcapping", float, unset=0.0),
+    ),
     fixed=(("attention_bias", False), ("attn_logit_softcapping", None)),
     activations=_TANH_GELU,
     activation="hidden_activation",

@@ -35,11 +35,8 @@ def to_metadata(config) -> dict[str, Value]:
     """
     architecture = architecture_of(config)
     _check_agrees(architecture, config)
-    values = {key.key: _value(config, key.name) for key in architecture.keys}
-    values = {key: value for key, value in values.items() if value is not None}
+    values = {key.key: _value(architecture, key, config) for key in architecture.keys}
     values["vocab_size"] = config.vocab_size
-    if architecture is BY_MODEL_TYPE["phi3"]:
-        values.setdefault("attention.sliding_window", 0)  # without it the file is taken for an older Phi-3
     if architecture.window_period:
         values[WINDOW_PATTERN] = [kind == "sliding_attention" for kind in config.layer_types]
     if config.model_type == "mistral" and config.sliding_window:  # up to there the window is the whole context
@@ -84,15 +81,21 @@ def yarn_attention(factor: float) -> float:
     return 1.0 + 0.1 * math.log(factor)
 
 
-def _value(config, name):
-    value = getattr(config, name, None)
-    if value is None and name == "n_inner":
-        return 4 * config.n_embd
-    if value is None and name == "head_dim":
-        return head_width(config)
-    if value is None and name == "num_key_value_heads":
-        return config.num_attention_heads
-    return value
+def _value(architecture, key, config) -> Value:
+    value = getattr(config, key.name, None)
+    if value is None and key.name in _DERIVED:
+        value = _DERIVED[key.name](config)
+    value = key.unset if value is None else value
+    if value is None:
+        raise _refusal(architecture, key.name, None, "a number there")
+    return key.kind(value)
+
+
+_DERIVED = {
+    "head_dim": head_width,
+    "n_inner": lambda config: 4 * config.n_embd,
+    "num_key_value_heads": lambda config: config.num_attention_heads,
+}
 
 
 def _check_agrees(architecture, config):
@@ -136,8 +139,9 @@ def _linear(architecture, config, rope):
 
 
 def _yarn(architecture, config, rope):
-    if not rope.get("truncate", True):
-        raise _refusal(architecture, "truncate", False, True)
+    for name, value in _YARN_FIXED.items():
+        if (found := rope.get(name)) not in (None, value):
+            raise _refusal(architecture, f"rope_parameters.{name}", found, value)
     _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     factor = rope.get("factor") or config.max_position_embeddings / rope["original_max_position_embeddings"]
     return {
@@ -145,8 +149,6 @@ def _yarn(architecture, config, rope):
         "rope.scaling.factor": float(factor),
         "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         "rope.scaling.attn_factor": float(attention / yarn_attention(factor)),
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
     }
 
 
@@ -159,4 +161,5 @@ def _longrope(architecture, config, rope):
     }
 
 
+_YARN_FIXED = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 _SCALINGS = {"default": _unscaled, "llama3": _unscaled, "linear": _linear, "yarn": _yarn, "longrope": _longrope}
