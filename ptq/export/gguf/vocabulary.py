@@ -76,34 +76,43 @@ def _merges(content) -> list[tuple[str, str]]:
 
 def _tokens(content, vocab_size) -> tuple[list[str], list[int]]:
     """Text and kind of every id."""
-    sentencepiece = _is_sentencepiece(content)
+    model, sentencepiece = content["model"], _is_sentencepiece(content)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [TokenType.UNUSED] * vocab_size
     added = {token["id"]: token for token in content["added_tokens"]}
-    for text, i in content["model"]["vocab"].items():
+    for text, i in model["vocab"].items():
         if i >= vocab_size and i not in added:
             raise InputError(f"tokenizer.json: token {text!r} has id {i}; the model's embedding has {vocab_size} rows")
         if i < vocab_size:
-            is_byte = sentencepiece and len(text) == 6 and text.startswith("<0x")
-            tokens[i], kinds[i] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
+            tokens[i], kinds[i] = text, TokenType.BYTE if sentencepiece and _is_byte(text) else TokenType.NORMAL
     for i, token in added.items():
-        if i < vocab_size:  # Gemma 3's image token has no row in its text models
-            tokens[i], kinds[i] = _added(token, content["model"].get("unk_token"), sentencepiece)
+        if i >= vocab_size:  # Gemma 3's image token has no row in its text models
+            continue
+        tokens[i], kinds[i] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        if sentencepiece:
+            tokens[i], kinds[i] = _sentencepiece_added(token, model)
     return tokens, kinds
 
 
-def _added(token, unknown, sentencepiece):
+def _sentencepiece_added(token, model) -> tuple[str, int]:
     text = token["content"]
-    if not token["special"]:  # found in the raw text, before spaces become visible
-        return text.replace(SPACE, " ") if sentencepiece else text, TokenType.USER_DEFINED
-    return text, TokenType.UNKNOWN if text == unknown and sentencepiece else TokenType.CONTROL
+    if token["special"]:
+        return text, TokenType.UNKNOWN if text == model.get("unk_token") else TokenType.CONTROL
+    if token["normalized"]:  # llama.cpp looks for it in the raw text, before spaces become visible
+        return text.replace(SPACE, " "), TokenType.USER_DEFINED
+    # A run of visible spaces stands for itself when it is looked for, and for spaces when it is merged.
+    return text, TokenType.NORMAL if set(text) == {SPACE} and text in model["vocab"] else TokenType.USER_DEFINED
+
+
+def _is_byte(text) -> bool:
+    return len(text) == 6 and text.startswith("<0x")
 
 
 def _scores(content, vocab_size) -> list[float]:
     """llama.cpp merges the pair whose token has the highest score: minus the rank of the first merge that makes it."""
     vocab, added = content["model"]["vocab"], {token["id"] for token in content["added_tokens"]}
     made = dict.fromkeys(vocab[left + right] for left, right in _merges(content))
-    pieces = [i for text, i in vocab.items() if i not in made and i not in added and not text.startswith("<0x")]
+    pieces = [i for text, i in vocab.items() if i not in made and i not in added and not _is_byte(text)]
     scores = [0.0] * vocab_size
     for rank, i in enumerate([*made, *sorted(pieces)]):
         scores[i] = -float(rank)

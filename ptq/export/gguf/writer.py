@@ -20,6 +20,9 @@ from ptq.export.gguf.types import file_type
 from ptq.export.gguf.vocabulary import add_vocabulary
 from ptq.export.shards import sync_folder
 
+PHI3_NAMES = ("phi-3", "phi3")
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
 
 def write_gguf(
     path: Path,
@@ -54,6 +57,7 @@ def write_gguf(
     _add_values(writer, to_metadata(config))
     add_vocabulary(writer, tokenizer, config.vocab_size, pre_tokenizer=pre_tokenizer)
     _add_values(writer, extra or {})
+    _check_name(writer)
     aside = path.with_name(path.name + ".partial")
     try:
         _write(writer, aside, tensors)
@@ -101,6 +105,14 @@ def _add_general(writer: gguf.GGUFWriter, folder: Path, tensors: Sequence[FileTe
     if file_type(mostly) is not None:
         writer.add_file_type(file_type(mostly))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _check_name(writer: gguf.GGUFWriter):
+    """llama.cpp looks for Phi-3's special tokens by the model's name, and fails to load a file without them."""
+    name, tokens = (writer.kv_data[0][key].value for key in (gguf.Keys.General.NAME, gguf.Keys.Tokenizer.LIST))
+    missing = PHI3_TOKENS - set(tokens) if any(word in name.lower() for word in PHI3_NAMES) else ()
+    if missing:
+        raise InputError(f"a model named {name!r} needs the tokens {', '.join(sorted(missing))} in llama.cpp; rename it")
 
 
 def _add_values(writer: gguf.GGUFWriter, values: Mapping[str, Value]):
