@@ -110,9 +110,9 @@ def _add_general(writer: gguf.GGUFWriter, folder: Path, tensors: Sequence[FileTe
 def _check_name(writer: gguf.GGUFWriter):
     """llama.cpp looks for Phi-3's special tokens by the model's name, and fails to load a file without them."""
     name, tokens = (writer.kv_data[0][key].value for key in (gguf.Keys.General.NAME, gguf.Keys.Tokenizer.LIST))
-    missing = PHI3_TOKENS - set(tokens) if any(word in name.lower() for word in PHI3_NAMES) else ()
-    if missing:
-        raise InputError(f"a model named {name!r} needs the tokens {', '.join(sorted(missing))} in llama.cpp; rename it")
+    if any(word in name.lower() for word in PHI3_NAMES) and not PHI3_TOKENS <= set(tokens):
+        wanted = ", ".join(sorted(PHI3_TOKENS))
+        raise InputError(f"llama.cpp wants the tokens {wanted} in a model named {name!r}; rename its folder")
 
 
 def _add_values(writer: gguf.GGUFWriter, values: Mapping[str, Value]):
