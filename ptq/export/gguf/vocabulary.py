@@ -17,25 +17,26 @@ SPACE = "\u2581"  # SentencePiece's visible space
 SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
-def add_vocabulary(writer: GGUFWriter, tokenizer, vocab_size: int, *, pre_tokenizer: str | None = None):
+def add_vocabulary(writer: GGUFWriter, tokenizer, config, *, pre_tokenizer: str | None = None):
     """Writes a tokenizer's metadata.
 
     Args:
         writer: Takes the keys.
         tokenizer: A transformers tokenizer with a tokenizers backend.
-        vocab_size: Rows of the embedding; ids without a token become unused ones.
+        config: The transformers config: vocab_size, the embedding's rows, beyond the tokenizer's ids become unused
+            tokens; special tokens that the tokenizer does not name are taken from here.
         pre_tokenizer: llama.cpp's name, where recognising it fails.
 
     Raises:
         InputError: The tokenizer is of another kind, or does not fit the embedding.
     """
     content = tokenizer_json(tokenizer)
-    tokens, kinds = _tokens(content, vocab_size)
+    tokens, kinds = _tokens(content, config.vocab_size)
     if _is_sentencepiece(content):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre(pre_tokenizer or "default")
         writer.add_token_list(tokens)
-        writer.add_token_scores(_scores(content, vocab_size))
+        writer.add_token_scores(_scores(content, config.vocab_size))
         writer.add_add_space_prefix(_prepends_space(content))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -43,7 +44,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer, vocab_size: int, *, pre_tokeni
         writer.add_token_list(tokens)
         writer.add_token_merges([" ".join(pair) for pair in _merges(content)])
     writer.add_token_types(kinds)
-    _add_specials(writer, tokenizer, vocab_size)
+    _add_specials(writer, tokenizer, config)
     writer.add_string(Keys.Tokenizer.HF_JSON, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
@@ -126,15 +127,15 @@ def _prepends_space(content) -> bool:
     return prepended or (splitter.get("type") == "Metaspace" and splitter["prepend_scheme"] != "never")
 
 
-def _add_specials(writer, tokenizer, vocab_size):
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIALS}
+def _add_specials(writer, tokenizer, config):
+    ids = {name: _special_id(tokenizer, config, f"{name}_token_id") for name in SPECIALS}
     leading, trailing = leading_special_tokens(tokenizer), _trailing_special_tokens(tokenizer)
     for name, found in (("bos", leading), ("eos", trailing)):
         if len(found) > 1 or (found and ids[name] not in (None, found[0])):
             raise InputError(f"the tokenizer adds {found} to every text; llama.cpp can only add its {name} token")
         ids[name] = found[0] if found else ids[name]
     for name, i in ids.items():
-        if i is not None and i < vocab_size:
+        if i is not None and 0 <= i < config.vocab_size:
             getattr(writer, f"add_{name}_token_id")(i)
     writer.add_add_bos_token(bool(leading))
     writer.add_add_eos_token(bool(trailing))
@@ -142,6 +143,12 @@ def _add_specials(writer, tokenizer, vocab_size):
     for name, text in ({"default": templates} if isinstance(templates, str) else templates).items():
         key = Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE if name == "default" else key, text)
+
+
+def _special_id(tokenizer, config, name) -> int | None:
+    own, configured = getattr(tokenizer, name), getattr(config, name, None)
+    configured = configured[0] if isinstance(configured, list) and configured else configured
+    return configured if own is None else own
 
 
 def _trailing_special_tokens(tokenizer) -> list[int]:

@@ -55,7 +55,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, architecture_of(config).name)
     _add_general(writer, Path(checkpoint.folder), tensors)
     _add_values(writer, to_metadata(config))
-    add_vocabulary(writer, tokenizer, config.vocab_size, pre_tokenizer=pre_tokenizer)
+    add_vocabulary(writer, tokenizer, config, pre_tokenizer=pre_tokenizer)
     _add_values(writer, extra or {})
     _check_name(writer)
     aside = path.with_name(path.name + ".partial")
