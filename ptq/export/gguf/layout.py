@@ -16,6 +16,7 @@ from ptq.families import family_of
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD = "lm_head.weight"
+HEADS = (HEAD, "embed_out.weight")
 
 
 class EncodedTensor(NamedTuple):
@@ -84,7 +85,7 @@ class Layout:
             return names
         if HEAD in encoded and not self._architecture.separate_head:
             raise InputError(f"{HEAD}: llama.cpp's {self._architecture.name} computes with the embedding as its head")
-        return [name for name in names if name != HEAD] + [HEAD] * (HEAD in encoded)
+        return [name for name in names if name not in HEADS] + [HEAD] * (HEAD in encoded)
 
     def _shape(self, name) -> tuple[int, ...]:
         """With outputs first, as in the file."""
