@@ -54,6 +54,7 @@ class _Reader:
         values["tie_word_embeddings"] = "output.weight" not in tensors
         values |= {name: f"blk.0.{tensor}" in tensors for name, tensor in architecture.biases}
         values |= {name: value for name, value in architecture.fixed if value is not None}
+        self._check_heads(values)
         if architecture.rope:
             values |= self._rope(values)
         else:
@@ -72,13 +73,11 @@ class _Reader:
     def _read(self, key):
         name = f"{self._architecture.name}.{key.key}"
         value = self._file.metadata.get(name, self._default(key))
-        if value is None:
-            raise self._refuse(f"{name} is missing")
-        if key.kind is bool:
-            return bool(value)
-        limit = self._longest if key.shapes and key.kind is int else MAX_CONTEXT
-        if key.unset is not None and value == key.unset:
+        if key.kind is bool and type(value) is bool:
+            return value
+        if type(value) in (int, float) and value == key.unset:
             return None
+        limit = self._longest if key.shapes and key.kind is int else MAX_CONTEXT
         return self._checked(name, value, key.kind, limit)
 
     def _default(self, key):
@@ -107,7 +106,13 @@ class _Reader:
     def _special(self, name) -> int | None:
         key = {"pad": "padding"}.get(name, name)
         value = self._file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return value if type(value) is int and value < self._shape("token_embd.weight")[0] else None
+        return value if type(value) is int and 0 <= value < self._shape("token_embd.weight")[0] else None
+
+    def _check_heads(self, values):
+        embedding, heads = self._number("embedding_length"), self._number("attention.head_count")
+        kv_heads = self._number("attention.head_count_kv", default=heads)
+        if heads % kv_heads or ("head_dim" not in values and embedding % heads):
+            raise self._refuse(f"{heads} heads do not go with {kv_heads} key-value heads and a width of {embedding}")
 
     def _check_positions(self):
         rows, context = self._shape("position_embd.weight")[0], self._number("context_length")
@@ -132,6 +137,8 @@ class _Reader:
     def _rope(self, values) -> dict:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         turned = self._number("rope.dimension_count", default=width)
+        if turned % 2 or turned > width:
+            raise self._refuse(f"rope.dimension_count is {turned}; an even number up to a head's {width} is wanted")
         theta = self._number("rope.freq_base", float, 10000.0, limit=math.inf)
         rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": _fraction(turned, width)}
         rope |= self._scaling(turned, values["max_position_embeddings"])
@@ -143,7 +150,9 @@ class _Reader:
         return {"rope_parameters": rope}
 
     def _scaling(self, turned, context) -> dict:
-        kind = self._value("rope.scaling.type", "linear" if self._value("rope.scaling.factor") else "none")
+        kind = self._value("rope.scaling.type", "none" if self._value("rope.scaling.factor") is None else "linear")
+        if not isinstance(kind, str):
+            raise self._refuse("rope.scaling.type is no text")
         if kind in ("none", "linear") and "rope_freqs.weight" in self._file.tensors:
             factors = self._factors("rope_freqs.weight", turned)
             return self._factored(factors, factors, 1.0, context)

@@ -64,7 +64,8 @@ class GgufFile:
             tensor_count, key_count = _preamble(header)
             self.metadata = _metadata(header, key_count)
             self.tensors = _tensors(header, tensor_count, _alignment(header, self.metadata))
-        if self.metadata.get("split.count", 1) not in (0, 1):
+        parts = self.metadata.get("split.count", 1)
+        if not isinstance(parts, int) or parts > 1:
             raise InputError(f"{path}: is one part of several; join them with llama-gguf-split --merge")
 
     def rows(self, name: str, part: slice = slice(None)) -> np.ndarray:

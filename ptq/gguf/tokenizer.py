@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +29,8 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast | None:
     Raises:
         InputError: The keys do not fit together.
     """
-    content = file.metadata.get("tokenizer.huggingface.json") or _content(file)
+    stored = file.metadata.get("tokenizer.huggingface.json")
+    content = stored if isinstance(stored, str) else _content(file)
     if content is None:
         return None
     try:
@@ -41,7 +43,8 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast | None:
 
 def _content(file) -> str | None:
     """A tokenizer.json from llama.cpp's keys."""
-    model, pre = _key(file, "model"), SAME_CUTS.get(_key(file, "pre"), _key(file, "pre"))
+    model, pre = (str(_key(file, name)) for name in ("model", "pre"))
+    pre = SAME_CUTS.get(pre, pre)
     if model == "gpt2" and pre in PRE_TOKENIZERS:
         parts = _byte_level(file, pre)
     elif model == "llama":
@@ -55,6 +58,8 @@ def _content(file) -> str | None:
 
 def _byte_level(file, pre) -> dict:
     merges = [merge.split(" ", 1) for merge in _strings(file, "merges")]
+    if not all(len(pair) == 2 for pair in merges):
+        raise InputError(f"{file.path}: tokenizer.ggml.merges holds what is no pair")
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": to_json(pre),
@@ -70,7 +75,7 @@ def _byte_level(file, pre) -> dict:
 
 def _sentencepiece(file) -> dict:
     visible = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if _key(file, "add_space_prefix", True) else []
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if _key(file, "add_space_prefix") is not False else []
     spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unknown, vocab = _special(file, "unk"), _vocab(file)
@@ -135,7 +140,7 @@ def _key(file, name, default=None):
 
 def _special(file, name) -> int | None:
     i = _key(file, f"{KEYS.get(name, name)}_token_id")
-    return i if type(i) is int and i < len(_strings(file, "tokens")) else None
+    return i if type(i) is int and 0 <= i < len(_strings(file, "tokens")) else None
 
 
 def _strings(file, name) -> list[str]:
@@ -148,6 +153,6 @@ def _strings(file, name) -> list[str]:
 def _numbers(file, name) -> list:
     """One number for each token."""
     values, count = _key(file, name), len(_strings(file, "tokens"))
-    if values is None or isinstance(values, list) or len(values) != count:
+    if not isinstance(values, np.ndarray) or len(values) != count:
         raise InputError(f"{file.path}: tokenizer.ggml.{name} does not hold {count} numbers, one for each token")
     return values.tolist()

@@ -19,7 +19,8 @@ from ptq.gguf.tokenizer import read_tokenizer
 TRICKY = [
     "", " ", "  ", "\n", "\t", " leading", "trailing ", "trailing  \n", "Hello world", "  two  spaces   three",
     "\n\n\n a\n b\t\tc \r\n", "A  \n  B", "x" * 300, "3 33 333 3333 33333 3.14159 1,234,567 \u00bd \u2153 \u00b2",
-    "\u0663\u0664\u0665 \u4e00\u4e8c", "I've we'll they'RE DON'T 'S 'tis", "na\u00efve caf\u00e9 \ufb01 \u00df \u0130 \u0131",
+    "\u0663\u0664\u0665 \u4e00\u4e8c", "I've we'll they'RE DON'T 'S 'tis",
+    "na\u00efve caf\u00e9 \ufb01 \u00df \u0130 \u0131",
     "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \u4e2d\u6587 \ud55c\uad6d\uc5b4",
     "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e44\u0e17\u0e22 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
     "\U0001f680 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea", "a\u00a0b\u2003c\u200bd\ufeff",
