@@ -236,6 +236,13 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, monkeypatch, model
     assert not list(tmp_path.glob("model.gguf*"))
 
 
+def test_the_name_of_phi3_promises_its_tokens(tmp_path):
+    source = make_tiny("phi3", tmp_path / "my-Phi-3-mini")
+    with pytest.raises(InputError, match="rename its folder"):
+        write(tmp_path / "model.gguf", source)
+    write(tmp_path / "model.gguf", source.rename(tmp_path / "mini"))
+
+
 def test_a_sliding_window_that_llama_cpp_lacks_bounds_the_context(tmp_path, monkeypatch):
     sizes = tiny_models._SIZES["mistral"] | {"sliding_window": 16}
     monkeypatch.setitem(tiny_models._SIZES, "mistral", sizes)
