@@ -18,6 +18,7 @@ class GgufKey:
         kind: int, float or bool; an int is stored as uint32.
         shapes: It is a length of some tensor, so no file needs it larger than its longest one.
         unset: What the file says where the config says None; None: the config may not.
+        default: What llama.cpp takes where the file says nothing.
     """
 
     key: str
@@ -25,6 +26,7 @@ class GgufKey:
     kind: type = int
     shapes: bool = True
     unset: int | float | None = None
+    default: int | float | bool | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ GPT_NEOX = GgufArchitecture(
     keys=(
         *_SIZES,
         GgufKey("attention.layer_norm_epsilon", "layer_norm_eps", float),
-        GgufKey("use_parallel_residual", "use_parallel_residual", bool),
+        GgufKey("use_parallel_residual", "use_parallel_residual", bool, default=True),
     ),
     fixed=(("attention_bias", True),),
     activations=("gelu", *_TANH_GELU),
@@ -138,7 +140,7 @@ GPT_NEOX = GgufArchitecture(
 PHI3 = GgufArchitecture(
     name="phi3",
     model_type="phi3",
-    keys=(*_SIZES, *_RMS_GQA, GgufKey("attention.sliding_window", "sliding_window", shapes=False, unset=0)),
+    keys=(*_SIZES, *_RMS_GQA, GgufKey("attention.sliding_window", "sliding_window", shapes=False, unset=0, default=0)),
 )
 GEMMA2 = GgufArchitecture(
     name="gemma2",
@@ -147,9 +149,9 @@ GEMMA2 = GgufArchitecture(
         *_SIZES,
         *_RMS_GQA,
         *_HEAD_WIDTH,
-        GgufKey("attention.sliding_window", "sliding_window", shapes=False),
-        GgufKey("attn_logit_softcapping", "attn_logit_softcapping", float),
-        GgufKey("final_logit_softcapping", "final_logit_softcapping", float),
+        GgufKey("attention.sliding_window", "sliding_window", shapes=False, default=4096),
+        GgufKey("attn_logit_softcapping", "attn_logit_softcapping", float, default=50.0),
+        GgufKey("final_logit_softcapping", "final_logit_softcapping", float, default=30.0),
     ),
     fixed=(("attention_bias", False),),
     activations=_TANH_GELU,
@@ -167,7 +169,7 @@ GEMMA3 = GgufArchitecture(
         *_RMS_GQA,
         *_HEAD_WIDTH,
         GgufKey("attention.sliding_window", "sliding_window", shapes=False),
-        GgufKey("final_logit_softcapping", "final_logit_softcapping", float, unset=0.0),
+        GgufKey("final_logit_softcapping", "final_logit_softcapping", float, unset=0.0, default=0.0),
     ),
     fixed=(("attention_bias", False), ("attn_logit_softcapping", None)),
     activations=_TANH_GELU,

@@ -86,8 +86,7 @@ class _Reader:
             return self._value("attention.head_count")
         if key.key in ("attention.key_length", "attention.value_length"):
             return self._number("embedding_length") // self._number("attention.head_count")
-        defaults = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "use_parallel_residual": True}
-        return key.unset if key.unset is not None else defaults.get(key.key)
+        return key.default
 
     def _checked(self, name, value, kind, limit):
         if type(value) not in (kind, int) or not math.isfinite(value) or not 0 < value <= limit:

@@ -237,7 +237,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, monkeypatch, model
 
 
 def test_the_name_of_phi3_promises_its_tokens(tmp_path):
-    source = make_tiny("phi3", tmp_path / "my-Phi-3-mini")
+    source = make_tiny("phi3", tmp_path / "my-phi3")
     with pytest.raises(InputError, match="rename its folder"):
         write(tmp_path / "model.gguf", source)
     write(tmp_path / "model.gguf", source.rename(tmp_path / "mini"))
