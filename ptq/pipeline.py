@@ -15,13 +15,14 @@ import torch
 from calibration.errors import InputError
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
 from ptq.checkpoint import Checkpoint, open_checkpoint
-from ptq.clock import Clock, peak_memory
+from ptq.clock import Clock
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.export.gptq import check_bits, check_packable, write_gptq
 from ptq.export.gptq_tensors import GptqCodec
 from ptq.export.runtimes import runtimes
 from ptq.export.shards import tensor_bytes
+from ptq.memory import peak_memory
 from ptq.reload import GptqCheckpoint, load_tokenizer
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel

@@ -128,7 +128,7 @@ def open_weights(path: str | Path, *, trust_remote_code: bool = False) -> Weight
     Raises:
         InputError: As open_checkpoint, the quantization is of a kind that is not read, or the file is damaged.
     """
-    if Path(path).suffix.lower() == ".gguf" and Path(path).is_file():
+    if Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir():
         return GgufCheckpoint(path)
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     return checkpoint if checkpoint.quantization_config is None else GptqCheckpoint(checkpoint)

@@ -19,6 +19,7 @@ from calibration.hessian import Hessian
 from calibration.store import ActivationStore
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
+from ptq.memory import release_freed
 from ptq.quantizers.gptq import gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
@@ -133,9 +134,11 @@ class Walk:
             quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
+                release_freed()
                 H, G = self._accumulate(quantized, full, self.model.stored_name(i, stage[0]))
+                self._run_ahead(full, streams.full)  # before solving: a stage's inputs may be wider than its outputs
+                release_freed()
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
-                self._run_ahead(full, streams.full)
                 self._keep(i, stage, solved, tensors, report)
             self._run_ahead([quantized], streams.quantized)
         return tensors, report
@@ -241,5 +244,3 @@ def digest(values: torch.Tensor) -> str:
     for rows in values.split(step):
         sha.update((rows + 0.0).contiguous().cpu().numpy().data)
     return sha.hexdigest()
-
-

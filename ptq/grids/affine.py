@@ -7,9 +7,12 @@ Scales are rounded to fp16 where they are made, because the file stores them so:
 Legend: R rows (one group each), g columns of a group. All functions broadcast; none touches the file layout.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from ptq.grids.grid import Knob
 
 SHRINK_STEPS = 40  # scale candidates; the least-squares steps that follow make a finer search pointless
 FINE_STEPS = 2
@@ -42,6 +45,19 @@ class AffineGrid:
     def decode(self, codes, scale, zero):
         """Values of codes."""
         return scale * (codes - zero)
+
+    def steps(self, params):
+        """Scale and zero (1, R): a span is one group."""
+        return params[0][None], params[1][None]
+
+    def columns_per_step(self, span: int) -> int:
+        """All of a group's."""
+        return span
+
+    def knobs(self, params, codes) -> Iterator[Knob]:
+        """A group's scale; its zero point is left where the search put it."""
+        scale, zero = params
+        yield Knob(scale, slice(None), codes - zero, _nonzero_half)
 
     def fit_minmax(self, w):
         """The grid of plain round-to-nearest: spans the smallest and largest weight of each row (and 0).
@@ -125,6 +141,12 @@ def half_exact(scale):
     The halves are what one-bit grids are stored by; only subnormal values are touched by the second condition.
     """
     return 2 * (scale.clamp(-HALF_MAX, HALF_MAX) / 2).half().to(scale.dtype)
+
+
+def _nonzero_half(scale):
+    """half_exact, but NaN for zero: a group whose scale is 0 could never be refitted."""
+    rounded = half_exact(scale)
+    return torch.where(rounded == 0, torch.nan, rounded)
 
 
 def _nonzero(scale):

@@ -22,37 +22,53 @@ from calibration.errors import InputError
 
 DAMP_GROWTH = 4.0
 DAMP_ATTEMPTS = 10
+TURN_CHUNK = 1 << 20
 
 
-def damped_factor(H, order, damp_percent):
-    """Damps H and factors it with its columns in another order.
+def damped_factor(H, damp_percent):
+    """Damps H and factors it.
 
     Adds damp_percent of the mean diagonal, or more until the Cholesky factor exists. An input that was zero on every
     calibration token ("dead") ends with the damping alone on its diagonal and nothing beside it: its weights are
     rounded to nearest and weigh almost nothing in the search of the scales.
 
     Args:
-        H: (I, I) symmetric, positive semi-definite up to rounding; damped in place, not reordered.
-        order: (I,) the order in which columns will be rounded.
+        H: (I, I) symmetric, positive semi-definite up to rounding, columns in the order in which they will be rounded;
+            damped in place.
         damp_percent: First fraction to try.
 
     Returns:
-        U (I, I) upper triangular with U U^T = H[order][:, order], and the fraction added.
+        U (I, I) upper triangular with U U^T = H, and the fraction added.
 
     Raises:
         InputError: Nothing in DAMP_ATTEMPTS fractions, each DAMP_GROWTH times the last, makes H positive definite.
     """
     diagonal = H.diagonal()
     mean = float(diagonal.mean()) or 1.0  # every input dead: the identity, so plain rounding
-    added, backwards = 0.0, order.flip(0)
+    added = 0.0
     for _ in range(DAMP_ATTEMPTS):
         diagonal.add_((damp_percent - added) * mean)
         added = damp_percent
-        L, info = torch.linalg.cholesky_ex(H.index_select(0, backwards).index_select(1, backwards))
+        _turn(H)
+        L, info = torch.linalg.cholesky_ex(H)  # LAPACK factors as lower times upper: ours is the turned matrix's
+        _turn(H)
         if int(info) == 0:
-            return L.flip(0, 1), added  # LAPACK factors as lower times upper: ours is that of the reversed matrix
+            return _turn(L), added
         damp_percent *= DAMP_GROWTH
     raise InputError(f"the Hessian is not positive definite even with {added:g} of its mean diagonal added")
+
+
+def _turn(matrix):
+    """Reverses rows and columns, in place: the two halves of its memory, backwards, change places."""
+    flat = matrix.as_strided((matrix.numel(),), (1,))
+    half = len(flat) // 2
+    for start in range(0, half, TURN_CHUNK):
+        end = min(start + TURN_CHUNK, half)
+        front, back = flat[start:end], flat[len(flat) - end : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 def quantize_columns(Wt, U, grid, params, *, column_block=128):

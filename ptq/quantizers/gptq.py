@@ -13,10 +13,10 @@ import torch
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import QuantizedTensor
 from ptq.quantizers.columns import damped_factor, quantize_columns
-from ptq.quantizers.refine import refine, spread
-from ptq.quantizers.rtn import per_group
+from ptq.quantizers.refine import refine
+from ptq.quantizers.spans import cut_spans, fit_spans
 
-CHUNK = 1 << 22  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
+CHUNK = 1 << 21  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
 
 
 @dataclass(frozen=True)
@@ -60,78 +60,96 @@ def gptq(weights, H, spec, *, G=None, seed=0) -> Solution:
 
 
 class _Stage:
-    """What all rows of a stage share: the damped Hessian, its factor, the order of columns."""
+    """What all rows of a stage share: the damped Hessian and its factor, the order of columns, the spans.
+
+    A matrix's own columns are "natural"; spans are runs of the layout, which is natural or, under desc_act, the
+    activation order. Everything here lies in visiting order: `order` leads to it from the layout.
+    """
 
     def __init__(self, H, G, spec, I, seed):
         self.spec, self.seed = spec, seed
-        self.grid, self.group_size = AffineGrid(spec.bits, spec.sym), spec.columns_per_group(I)
-        diagonal = H.diagonal()
-        self.dead = float((diagonal == 0).float().mean())
+        self.grid, self.span = AffineGrid(spec.bits, spec.sym), spec.columns_per_group(I)
+        self.dead = float((H.diagonal() == 0).float().mean())
         natural = torch.arange(I, device=H.device)
-        self.layout = self.order = natural
+        visited = natural
         if spec.column_order == "activation":
-            self.order = diagonal.argsort(descending=True, stable=True)
-        if spec.desc_act:  # groups are runs of the activation order: lay everything out in it
-            self.layout, self.order = self.order, natural
-            H, G = H[self.layout][:, self.layout], None if G is None else G[self.layout][:, self.layout]
+            visited = H.diagonal().argsort(descending=True, stable=True)
+        self.layout, self.order = (visited, natural) if spec.desc_act else (natural, visited)
         self.static = self.order is not natural
+        self.spans = cut_spans(self.order, self.span, self.grid.columns_per_step(self.span))
         self.g_idx = torch.empty_like(natural, dtype=torch.int32)
-        self.g_idx[self.layout] = (natural // self.group_size).int()
-        self.mismatch = None if G is None else G.sub_(H)
-        self.U, self.damp_percent = damped_factor(H, self.order, spec.damp_percent)
+        self.g_idx[self.layout] = (natural // self.span).int()
+        H = _reorder(H, visited)
+        self.mismatch = None if G is None else _reorder(G, visited).sub_(H)
+        self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
         self.H = H
 
     def solve(self, W):
         """codes, scale, zero and the losses of some rows W (O, I); rows first."""
         W = W[:, self.layout]
-        target = W
+        Wt = W[:, self.order].T.contiguous()
+        plain = fit_spans(W, self.span, self.grid.fit_minmax)
         if self.mismatch is not None:
-            target = W + target_shift(W @ self.mismatch, self.U, self.order).mul_(self.spec.correction)
-        loss_rtn, energy = self._baseline(W, target)
-        Wt = target.T.contiguous()
-        codes, scale, zero, loss_gptq = self._round(target, Wt)
-        del W, target
-        options = {"generator": torch.Generator().manual_seed(self.seed), "column_block": self.spec.column_block}
-        rounds = self.spec.refine_rounds
-        refine(Wt, self.H, codes, scale, zero, self.grid, self.group_size, rounds=rounds, **options)
-        loss = loss_gptq
-        if rounds:
-            Q = self.grid.decode(codes, *(spread(p, self.group_size, len(Wt)) for p in (scale, zero)))
-            loss = _loss(Q.sub_(Wt), self.H)
-        stored = torch.empty_like(codes, dtype=torch.uint8)
-        stored[self.layout] = codes.to(torch.uint8)
-        return stored.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss, loss_gptq, loss_rtn, energy
-
-    def _round(self, target, Wt):
-        """GPTQ proper: codes (I, O), scale and zero (G, O), loss (O,)."""
-        I, O = Wt.shape
-        G = -(-I // self.group_size)
-        if self.static:
-            fitted = per_group(target, self.group_size, self.grid.fit, self.H.diagonal())
-            scale, zero = (parameter.T.contiguous() for parameter in fitted)
+            shift = target_shift(Wt.T @ self.mismatch, self.U).mul_(self.spec.correction)
+            loss_rtn, energy = self._baseline(Wt, plain, target=Wt + shift.T)
+            Wt += shift.T
+            del shift
         else:
-            scale, zero = target.new_empty(G, O), target.new_empty(G, O)
-        group_of, importance = (self.order // self.group_size).tolist(), self.U.diagonal() ** 2
+            loss_rtn, energy = self._baseline(Wt, plain, target=Wt)
+        del W, plain
+        codes, params, loss_gptq = self._round(Wt)
+        loss = loss_gptq
+        if self.spec.refine_rounds:
+            D, R = refine(
+                Wt, self.H, codes, self.spans, params, self.grid,
+                rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
+            )  # fmt: skip
+            loss = (D * R).sum(0)
+        stored = torch.empty_like(codes, dtype=torch.uint8)
+        stored[self.layout[self.order]] = codes.to(torch.uint8)
+        scale, zero = (torch.stack(p, 1) for p in zip(*params, strict=True))
+        return stored.T.contiguous(), scale, zero, loss, loss_gptq, loss_rtn, energy
+
+    def _round(self, Wt):
+        """GPTQ proper: codes (I, O), every span's params, loss (O,)."""
+        params, importance = [None] * len(self.spans), self.U.diagonal() ** 2
+        if self.static:
+            target = torch.empty_like(Wt)
+            target[self.order] = Wt
+            weight = torch.empty_like(importance)
+            weight[self.order] = self.H.diagonal()
+            params = fit_spans(target.T, self.span, self.grid.fit, weight)
+        steps = [p and self.grid.steps(p) for p in params]
+        span_of = (self.order // self.span).tolist()
+        step_of = (self.order % self.span // self.grid.columns_per_step(self.span)).tolist()
 
         def parameters(k, remaining):
-            g = group_of[k]
-            if not self.static and k % self.group_size == 0:
-                rows = remaining(self.group_size).T
-                scale[g], zero[g] = self.grid.fit(rows, importance[k : k + rows.shape[1]][None])
-            return scale[g], zero[g]
+            s = span_of[k]
+            if steps[s] is None:
+                rows = remaining(self.span).T
+                params[s] = self.grid.fit(rows, importance[k : k + rows.shape[1]][None])
+                steps[s] = self.grid.steps(params[s])
+            scale, zero = steps[s]
+            return scale[step_of[k]], zero[step_of[k]]
 
-        ordered = Wt[self.order] if self.static else Wt
-        visited, _, loss = quantize_columns(ordered, self.U, self.grid, parameters, column_block=self.spec.column_block)
-        codes = torch.empty_like(visited)
-        codes[self.order] = visited
-        return codes, scale, zero, loss
+        codes, _, loss = quantize_columns(Wt, self.U, self.grid, parameters, column_block=self.spec.column_block)
+        return codes, params, loss
 
-    def _baseline(self, W, target):
+    def _baseline(self, Wt, plain, target):
         """Losses of plain round-to-nearest on the same grid, and of writing nothing at all, per output."""
-        scale, zero = (p.T for p in per_group(W, self.group_size, self.grid.fit_minmax))
-        scale, zero = (spread(p, self.group_size, W.shape[1]) for p in (scale, zero))
-        Q = self.grid.decode(self.grid.encode(W.T, scale, zero), scale, zero)
-        return _loss(Q.sub_(target.T), self.H), _loss(target.T, self.H)
+        D = torch.empty_like(Wt)
+        for span, params in zip(self.spans, plain, strict=True):
+            scale, zero = (p[span.step] for p in self.grid.steps(params))
+            D[span.columns] = self.grid.decode(self.grid.encode(Wt[span.columns], scale, zero), scale, zero)
+        return _loss(D.sub_(target), self.H), _loss(target, self.H)
+
+
+def _reorder(H, order):
+    """H[order][:, order]; the given one is used up."""
+    if bool((order == torch.arange(len(order), device=order.device)).all()):
+        return H
+    rows = H.index_select(0, order)
+    return torch.index_select(rows, 1, order, out=H)
 
 
 def _row_chunks(weights, limit):
@@ -147,7 +165,7 @@ def _row_chunks(weights, limit):
     yield torch.cat(held)
 
 
-def target_shift(mismatch, U, order):
+def target_shift(mismatch, U):
     """What to add to W so that quantized-stream inputs give the full-precision stream's outputs, by least squares.
 
     W* = W + W (G - H) (H + damping)^-1 minimises ||X_full W^T - X V^T||^2 + damping ||V - W||^2 over V (the same
@@ -156,15 +174,12 @@ def target_shift(mismatch, U, order):
     Args:
         mismatch: (O, I) W (G - H), H undamped.
         U: (I, I) upper triangular, from damped_factor.
-        order: The order U is in.
 
     Returns:
         (O, I).
     """
-    half = torch.linalg.solve_triangular(U, mismatch[:, order].T, upper=True)
-    shift = torch.empty_like(mismatch)
-    shift[:, order] = torch.linalg.solve_triangular(U.T, half, upper=False).T
-    return shift
+    half = torch.linalg.solve_triangular(U, mismatch.T, upper=True)
+    return torch.linalg.solve_triangular(U.T, half, upper=False).T
 
 
 def _loss(D, H):

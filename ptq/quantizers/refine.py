@@ -1,132 +1,103 @@
-"""Refinement of a rounded matrix under tr(D H D^T), D = Q - W: scales by least squares, codes by coordinate descent.
+"""Refinement of a rounded matrix under tr(D H D^T), D = Q - W: block coordinate descent, one span after the other.
 
-The two steps alternate. Neither can raise the loss beyond fp16 rounding of the scales, which is checked per row.
-Scales: one row's scales are the solution of (V_g^T H V_h) s = V_g^T H w with V_g = code - zero on group g's columns
-(all groups jointly; "two-stage" grids, arXiv 2602.02126, take them one by one). Codes: column j's best real value is
-q_j - (D H)_j / H_jj; round it on the grid and update D H (QuantEase, arXiv 2309.01885).
+With everything outside a span held fixed, the loss is a quadratic in the span's columns whose gradient is its part of
+R = D H. First the span's stored numbers, codes fixed: a number x with direction u has its minimum at
+x - (u . R) / (u H u^T), which is rounded to what the file can store (for a group's scale this is the closed form of
+two-stage grids, arXiv 2602.02126). Then its codes, one column after the other: column j's best real value is
+q_j - R_j / H_jj; round it on the grid (QuantEase, arXiv 2309.01885). Neither step can raise the loss beyond the
+rounding of sums. R is kept up to date, which costs one matrix product a round.
 
-Legend: O outputs, I inputs, G groups; matrices are transposed, (I, O) and (G, O). Columns of a group are adjacent.
+Legend: O outputs (rows), I inputs, c columns of a span; matrices are transposed, (I, O).
 """
 
 import torch
 
-from ptq.grids.affine import half_exact
-
-CHUNK = 1 << 22  # entries of the per-row normal matrices that are held at once, in fp64
+TINY = torch.finfo(torch.float32).tiny
 
 
-def refit_scales(Wt, H, codes, scale, zero, group_size, *, HW=None):
-    """Joint least-squares scales with codes fixed.
-
-    Args:
-        Wt: (I, O) target.
-        H: (I, I) damped.
-        codes: (I, O).
-        scale: (G, O), overwritten in the rows that gain.
-        zero: (G, O).
-        group_size: Columns per group; the last group may be shorter.
-        HW: (I, O) H @ Wt, if it is known.
-    """
-    I, O = Wt.shape
-    G = scale.shape[0]
-    V = codes - spread(zero, group_size, I)
-    b = _group_sums(V * (H @ Wt if HW is None else HW), group_size)
-    A = torch.empty(G, G, O, device=Wt.device)
-    for g in range(G):
-        columns = slice(g * group_size, min((g + 1) * group_size, I))
-        A[g] = _group_sums(V * (H[:, columns] @ V[columns]), group_size)
-    step = max(1, CHUNK // (G * G))
-    for r in range(0, O, step):
-        rows = slice(r, r + step)
-        scale[:, rows] = _solve(A[:, :, rows].permute(2, 0, 1).double(), b[:, rows].T.double(), scale[:, rows].T).T
-
-
-def _solve(A, b, old):
-    """Rows of scales (R, G): the least-squares ones where they beat the old ones after rounding to fp16."""
-    diagonal = A.diagonal(dim1=1, dim2=2)
-    used = diagonal > 0
-    diagonal.copy_(torch.where(used, diagonal * (1 + 1e-9), torch.ones_like(diagonal)))
-    old = old.double()
-    target = torch.where(used, b, old)  # a group whose codes all sit on the zero point keeps its scale
-    new, _ = torch.linalg.solve_ex(A, target)
-    new = half_exact(torch.where(used, new, old).float()).double()
-
-    def loss(s):
-        return (torch.einsum("rgh,rg,rh->r", A, s, s)) - 2 * (b * s).sum(1)
-
-    usable = torch.isfinite(new).all(1) & (new != 0).all(1)
-    return torch.where((usable & (loss(new) < loss(old)))[:, None], new, old).float()
-
-
-def sweep_codes(Wt, H, codes, scale, zero, grid, group_size, *, order, column_block=128):
-    """One pass of coordinate descent over all codes, in place.
+def refine(Wt, H, codes, spans, params, grid, *, rounds, generator, column_block=32):
+    """Improves codes and params, in place.
 
     Args:
         Wt: (I, O) target.
         H: (I, I) damped.
         codes: (I, O), overwritten.
-        scale: (G, O).
-        zero: (G, O).
-        grid: Gives encode and decode.
-        group_size: Columns per group.
-        order: (I,) the order in which columns are visited.
-        column_block: Columns handled between two large matrix products.
+        spans: Span list.
+        params: Of every span, overwritten.
+        grid: Gives steps, encode, decode and knobs.
+        rounds: Passes over all spans.
+        generator: Draws the order of spans and of their columns.
+        column_block: Columns handled between two local matrix products.
 
     Returns:
-        D H (I, O) after the pass, and the values Q (I, O).
+        D = Q - W (I, O) and R = H D (I, O).
     """
-    I = Wt.shape[0]
-    Q = grid.decode(codes, spread(scale, group_size, I), spread(zero, group_size, I))
-    R = H @ (Q - Wt)
-    for columns in order.split(column_block):
-        rows = H.index_select(0, columns)
-        inner = rows.index_select(1, columns)
-        gradient, change = R.index_select(0, columns), torch.empty(len(columns), Wt.shape[1], device=Wt.device)
-        diagonal = inner.diagonal().tolist()
-        for i, j in enumerate(columns.tolist()):
-            g = j // group_size
-            best = Q[j].add(gradient[i], alpha=-1 / diagonal[i])
-            codes[j] = grid.encode(best, scale[g], zero[g])
-            value = grid.decode(codes[j], scale[g], zero[g])
-            torch.sub(value, Q[j], out=change[i])
-            Q[j] = value
-            gradient[i + 1 :].addr_(inner[i + 1 :, i], change[i])
-        R.addmm_(rows.T, change)
-    return R, Q
-
-
-def refine(Wt, H, codes, scale, zero, grid, group_size, *, rounds, generator, column_block=128):
-    """Alternates refit_scales and sweep_codes, in place, ending with a refit.
-
-    Args:
-        Wt: (I, O) target.
-        H: (I, I) damped.
-        codes: (I, O), overwritten.
-        scale: (G, O), overwritten.
-        zero: (G, O).
-        grid: Gives encode and decode.
-        group_size: Columns per group.
-        rounds: How many times.
-        generator: Draws the column orders.
-        column_block: Columns handled between two large matrix products.
-    """
-    HW = H @ Wt if rounds else None
+    D = torch.empty_like(Wt)
+    for span, numbers in zip(spans, params, strict=True):
+        D[span.columns] = _values(grid, numbers, span, codes[span.columns]) - Wt[span.columns]
+    R = H @ D
     for _ in range(rounds):
-        refit_scales(Wt, H, codes, scale, zero, group_size, HW=HW)
-        order = torch.randperm(Wt.shape[0], generator=generator).to(Wt.device)
-        sweep_codes(Wt, H, codes, scale, zero, grid, group_size, order=order, column_block=column_block)
-    if rounds:
-        refit_scales(Wt, H, codes, scale, zero, group_size, HW=HW)
+        for s in torch.randperm(len(spans), generator=generator).tolist():
+            local = Local(Wt, H, codes, D, R, spans[s])
+            local.refit(grid, params[s])
+            local.sweep(grid, params[s], generator, column_block)
+            local.put_back(codes, D, R)
+    return D, R
 
 
-def spread(per_group, group_size, columns):
-    """(G, O) to (I, O): each column's own value."""
-    return per_group.repeat_interleave(group_size, 0)[:columns]
+class Local:
+    """One span's share of the problem: views or copies of its rows of every matrix."""
+
+    def __init__(self, Wt, H, codes, D, R, span):
+        self.span = span
+        self.rows = H[span.columns]
+        self.inner = self.rows[:, span.columns]
+        self.target, self.codes = Wt[span.columns], codes[span.columns]
+        self.D, self.gradient = D[span.columns].clone(), R[span.columns].clone()
+
+    def refit(self, grid, numbers):
+        """Each stored number to its best value, codes fixed."""
+        for knob in grid.knobs(numbers, self.codes):
+            direction = knob.direction
+            bent = self.inner[:, knob.columns] @ direction
+            slope = (direction * self.gradient[knob.columns]).sum(0)
+            curvature = (direction * bent[knob.columns]).sum(0).clamp_(min=TINY)
+            new = knob.storable(knob.number - slope / curvature)
+            change = new - knob.number
+            better = change * (2 * slope + change * curvature) < 0  # False for NaN
+            change = torch.where(better, change, 0)
+            knob.number.copy_(torch.where(better, new, knob.number))
+            self.gradient.addcmul_(bent, change)
+        torch.sub(_values(grid, numbers, self.span, self.codes), self.target, out=self.D)
+
+    def sweep(self, grid, numbers, generator, column_block):
+        """Coordinate descent over the span's codes, in random order."""
+        scale, zero = grid.steps(numbers)
+        diagonal = self.inner.diagonal().tolist()
+        order = torch.randperm(len(diagonal), generator=generator).to(self.inner.device)
+        for columns in order.split(column_block):
+            rows = self.inner[columns]
+            inner, gradient = rows[:, columns], self.gradient[columns]
+            change = torch.empty_like(gradient)
+            for i, j in enumerate(columns.tolist()):
+                step = self.span.step[j]
+                best = (self.D[j] + self.target[j]).sub_(gradient[i], alpha=1 / diagonal[j])
+                code = grid.encode(best, scale[step], zero[step])
+                value = grid.decode(code, scale[step], zero[step]) - self.target[j]
+                torch.sub(value, self.D[j], out=change[i])
+                self.codes[j], self.D[j] = code, value
+                gradient[i + 1 :].addr_(inner[i + 1 :, i], change[i])
+            if len(columns) < len(order):
+                self.gradient.addmm_(rows.T, change)
+
+    def put_back(self, codes, D, R):
+        """The span's new codes and errors, and what they do to every column's gradient."""
+        columns = self.span.columns
+        change = self.D - D[columns]
+        codes[columns], D[columns] = self.codes, self.D
+        R.addmm_(self.rows.T, change)
 
 
-def _group_sums(x, group_size):
-    """(I, O) to (G, O), in a fixed order of summation (index_add_ on a GPU has none)."""
-    I, O = x.shape
-    whole = I // group_size
-    sums = x[: whole * group_size].view(whole, group_size, O).sum(1)
-    return sums if whole * group_size == I else torch.cat([sums, x[whole * group_size :].sum(0, keepdim=True)])
+def _values(grid, numbers, span, codes):
+    scale, zero = (p[span.step] for p in grid.steps(numbers))
+    return grid.decode(codes, scale, zero)

@@ -298,4 +298,3 @@ def test_group_that_does_not_divide(here):
     verdicts = read_report(Path("out"))["runtimes"]
     assert verdicts and not any(verdict["loads"] for verdict in verdicts)
     assert all(verdict["why"] for verdict in verdicts)
-

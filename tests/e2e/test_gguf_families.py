@@ -6,6 +6,7 @@ import tiny_models
 import torch
 from gguf import GGMLQuantizationType, quants
 from llama_client import open_llama
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,7 @@ from ptq.export.gguf.writer import write_gguf
 from ptq.families import FAMILIES, family_of
 from ptq.gguf.weights import GgufCheckpoint
 
+WEIGHTS = "model.safetensors"
 ROPE = {"rope_theta": 10000.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 # name: model_type and what differs from the tiny model's config
@@ -265,6 +267,30 @@ def test_weights_beyond_f16_and_rows_that_fill_no_block_are_refused(tmp_path):
     with pytest.raises(InputError, match="F16 cannot"):
         write(tmp_path / "model.gguf", source, float_type="F16")
     write(tmp_path / "model.gguf", source, float_type="BF16")
+
+
+def test_names_and_buffers_of_hub_files(tmp_path):
+    """GPT-2's own files leave out the base model's prefix and hold the causal mask."""
+    source = make_tiny("gpt2", tmp_path / "source")
+    path = write(tmp_path / "model.gguf", source)
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / WEIGHTS).items()}
+    state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256) for i in range(2)}
+    state |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    save_file(state, source / WEIGHTS, metadata={"format": "pt"})
+    ours, theirs = (GgufCheckpoint(file) for file in (path, write(tmp_path / "hub.gguf", source)))
+    assert all(torch.equal(ours.read([name])[name], theirs.read([name])[name]) for name in ours.names())
+    assert set(ours.file.tensors) == set(theirs.file.tensors)
+
+
+def test_the_model_card_gives_the_general_keys(tmp_path):
+    source = make_tiny("llama", tmp_path / "Tiny-Llama-1B-v2")
+    (source / "README.md").write_text("---\nlicense: mit\ntags: [code]\nbase_model: someone/Base-1B\n---\nA card.\n")
+    metadata = GgufCheckpoint(write(tmp_path / "model.gguf", source)).file.metadata
+    assert (metadata["general.name"], metadata["general.license"]) == ("Tiny Llama 1B v2", "mit")
+    assert metadata["general.base_model.0.name"] == "Base 1B" and metadata["general.tags"] == ["code"]
+    (source / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(InputError, match="README.md: the head of the model card"):
+        write(tmp_path / "model.gguf", source)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):

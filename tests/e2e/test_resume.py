@@ -219,9 +219,7 @@ def test_kill_and_second_process(demo, tmp_path, capsys):
             quantize.main([*arguments, "--resume"])
         locked.append((left.value.code, capsys.readouterr().err))
 
-    status, _ = signalled(
-        arguments, signal.SIGKILL, at=(work / "block-00001.safetensors").exists, then=start_a_second
-    )
+    status, _ = signalled(arguments, signal.SIGKILL, at=(work / "block-00001.safetensors").exists, then=start_a_second)
     assert locked == [(2, f"error: {work}: another process is working on this output\n")]
     assert status == -signal.SIGKILL and work.exists() and not out.exists()
     done = run("quantize", *arguments, "--resume")

@@ -1,6 +1,6 @@
 """Logits of GPTQ folders by their real consumers; run by an interpreter that has gptqmodel and optimum installed.
 
-    python gptqmodel_logits.py TOKENS.npy FOLDER ... : writes FOLDER.gptqmodel.npy, FOLDER.transformers.npy, or .error
+python gptqmodel_logits.py TOKENS.npy FOLDER ... : writes FOLDER.gptqmodel.npy, FOLDER.transformers.npy, or .error
 """
 
 import os

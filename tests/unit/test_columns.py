@@ -5,6 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 
+import ptq.quantizers.columns
 from calibration.errors import InputError
 from ptq.grids.affine import AffineGrid
 from ptq.quantizers.columns import DAMP_ATTEMPTS, DAMP_GROWTH, damped_factor, quantize_columns
@@ -114,7 +115,7 @@ def static_case(bits, sym, ordered, seed):
 
 def solve(W, H, order, grid, params, column_block, dtype=torch.float64):
     """quantize_columns on a natural-order problem: codes, D = Q - W (O, I) in visiting order, and the loss."""
-    U, _ = damped_factor(H.to(dtype, copy=True), order, DAMP)
+    U, _ = damped_factor(H.to(dtype)[order][:, order], DAMP)
     Wt = W.T[order].to(dtype)
 
     def cast(k, remaining):
@@ -251,17 +252,19 @@ def test_the_worked_example():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("ordered", [False, True])
-def test_the_factor_is_of_the_reordered_damped_hessian(ordered, dtype):
-    H = correlated(0)[2].to(dtype)
-    order, before = visiting_order(H, ordered), H.clone()
-    U, added = damped_factor(H, order, DAMP)
+@pytest.mark.parametrize("size", [1, 2, INPUTS - 1, INPUTS])
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_the_factor_is_of_the_damped_hessian(size, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(ptq.quantizers.columns, "TURN_CHUNK", chunk)
+    H = correlated(0)[2].to(dtype)[:size, :size].clone()
+    before = H.clone()
+    U, added = damped_factor(H, DAMP)
     assert added == DAMP and torch.equal(U, U.triu()) and bool((U.diagonal() > 0).all())
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(H, damped(before), rtol=4 * eps, atol=0)
     # Backward error of Cholesky: below INPUTS * eps * H's largest diagonal entry (Higham, theorem 10.3).
     bound = INPUTS * eps * float(H.diagonal().max())
-    torch.testing.assert_close(U @ U.T, H[order][:, order], rtol=0, atol=bound)
+    torch.testing.assert_close(U @ U.T, H, rtol=0, atol=bound)
 
 
 def test_damping_grows_until_the_factor_exists():
@@ -274,7 +277,7 @@ def test_damping_grows_until_the_factor_exists():
         values[3:] *= (INPUTS * mean - 3 * lowest * mean) / values[3:].sum()
         indefinite = (vectors * values) @ vectors.T
         work = indefinite.clone()
-        U, added = damped_factor(work, torch.arange(INPUTS), DAMP)
+        U, added = damped_factor(work, DAMP)
         assert added == pytest.approx(DAMP * DAMP_GROWTH ** (attempts - 1), rel=1e-12)
         torch.testing.assert_close(work, damped(indefinite, added), rtol=0, atol=CLOSE64 * mean)
         torch.testing.assert_close(U @ U.T, work, rtol=0, atol=CLOSE64 * mean)
@@ -284,7 +287,7 @@ def test_rank_deficient_in_single_precision():
     _, X, _ = correlated(1, tokens=10)
     H = (2 / 10 * X.T @ X).float()
     assert int(torch.linalg.matrix_rank(H)) <= 10
-    _, added = damped_factor(H, torch.arange(INPUTS), DAMP)
+    _, added = damped_factor(H, DAMP)
     assert added == DAMP
 
 
@@ -294,4 +297,4 @@ def test_a_hessian_that_no_damping_mends_is_refused(damage):
     H[3, 5] = H[5, 3] = {"negative": 1e12, "nan": float("nan"), "inf": float("inf")}[damage]
     most = DAMP * DAMP_GROWTH ** (DAMP_ATTEMPTS - 1)
     with pytest.raises(InputError, match=f"not positive definite even with {most:g} of its mean diagonal"):
-        damped_factor(H, torch.arange(INPUTS), DAMP)
+        damped_factor(H, DAMP)

@@ -1,6 +1,5 @@
 """Every family's data against the forward that transformers really runs."""
 
-
 import pytest
 import torch
 from tiny_models import TEXT, make_tiny

@@ -17,11 +17,13 @@ LAYERS = {
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.console": ("calibration",),
     "ptq.pipeline": (
-        "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.reload", "ptq.spec",
-        "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.memory", "ptq.reload",
+        "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
-    "ptq.walk": ("ptq.clock", "ptq.grids", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration"),
+    "ptq.walk": (
+        "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration",
+    ),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),
     "ptq.streamed": ("ptq.families", "calibration"),
     "ptq.workdir": ("ptq.export.shards", "calibration"),
@@ -34,6 +36,7 @@ LAYERS = {
     "ptq.spec": ("calibration.errors",),
     "ptq.qtensor": (),
     "ptq.clock": (),
+    "ptq.memory": (),
     "ptq.demo": (),
     "calibration": (),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Refinement against dense least squares and a naive coordinate descent, both in fp64."""
+"""Refinement against one-dimensional least squares and a naive coordinate descent, both in fp64."""
 
 from copy import deepcopy
 from functools import lru_cache
@@ -8,143 +8,138 @@ import torch
 from test_columns import GRIDS, GROUP, INPUTS, OUTPUTS, correlated, damped, nearest_code, one_thread, trace  # noqa: F401
 
 from ptq.grids.affine import AffineGrid
-from ptq.quantizers.refine import refine, refit_scales, spread, sweep_codes
+from ptq.quantizers.refine import Local, refine
+from ptq.quantizers.spans import cut_spans, fit_spans
 
 HALF_ULP = 2**-11  # relative, of a normal fp16 number
-GROUPS = -(-INPUTS // GROUP)
 
 
 @lru_cache
-def fitted(bits, sym, seed, size):
+def fitted(bits, sym, seed, size, shuffled):
     """Codes rounded to nearest on fitted groups: refinement's input."""
-    return Case(bits, sym, seed, size)
+    return Case(bits, sym, seed, size, shuffled)
 
 
-def start(bits, sym, seed=0, size=1.0):
+def start(bits, sym, seed=0, size=1.0, shuffled=False):
     """A case of one's own."""
-    return deepcopy(fitted(bits, sym, seed, size))
+    return deepcopy(fitted(bits, sym, seed, size, shuffled))
 
 
 class Case:
     """What refinement is given and overwrites, with fp64 arithmetic for its judge."""
 
-    def __init__(self, bits, sym, seed, size):
+    def __init__(self, bits, sym, seed, size, shuffled):
         W, _, H = correlated(seed)
-        self.grid, self.W, self.H = AffineGrid(bits, sym), (W * size).float(), damped(H).float()
-        columns = self.W.split(GROUP, 1)
-        weight = self.H.diagonal()[None].split(GROUP, 1)
-        fits = [self.grid.fit(w, h) for w, h in zip(columns, weight, strict=True)]
-        self.scale, self.zero = (torch.stack(p) for p in zip(*fits, strict=True))
-        self.codes = self.grid.encode(self.W.T, spread(self.scale, GROUP, INPUTS), spread(self.zero, GROUP, INPUTS))
+        order = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(5)) if shuffled else torch.arange(INPUTS)
+        H = damped(H).float()
+        self.grid, self.W, self.H = AffineGrid(bits, sym), (W * size).float()[:, order], H[order][:, order]
+        self.spans = cut_spans(order, GROUP, GROUP)
+        self.params = fit_spans((W * size).float(), GROUP, self.grid.fit, H.diagonal())
+        self.codes = self.grid.encode(self.W.T, *self.spread())
 
-    @property
-    def given(self):
-        return self.W.T.contiguous(), self.H, self.codes, self.scale, self.zero
+    def spread(self):
+        """scale and zero (I, O)."""
+        both = torch.empty(2, INPUTS, OUTPUTS)
+        for span, params in zip(self.spans, self.params, strict=True):
+            both[:, span.columns] = torch.stack(params)[:, None]
+        return both[0], both[1]
 
-    def values(self, scale=None):
-        scale = self.scale if scale is None else scale
-        return (spread(scale, GROUP, INPUTS).double() * (self.codes - spread(self.zero, GROUP, INPUTS)).double()).T
+    def values(self):
+        scale, zero = self.spread()
+        return (scale.double() * (self.codes - zero).double()).T
 
-    def loss(self, scale=None):
-        return trace(self.values(scale) - self.W.double(), self.H.double())
+    def loss(self):
+        return trace(self.values() - self.W.double(), self.H.double())
 
     @property
     def energy(self):
         return trace(self.W.double(), self.H.double())
 
-    def refit(self):
-        refit_scales(*self.given, GROUP)
+    def refine(self, rounds=1, seed=0, column_block=128):
+        return refine(
+            self.W.T.contiguous(), self.H, self.codes, self.spans, self.params, self.grid,
+            rounds=rounds, generator=torch.Generator().manual_seed(seed), column_block=column_block,
+        )  # fmt: skip
 
-    def sweep(self, order, column_block=128):
-        return sweep_codes(
-            *self.given[:3], self.scale, self.zero, self.grid, GROUP, order=order, column_block=column_block
-        )
+    def local(self, s):
+        """One span, opened; the two steps on it are methods of what is returned."""
+        Wt = self.W.T.contiguous()
+        D = self.values().float().T - Wt
+        return Local(Wt, self.H, self.codes, D, self.H @ D, self.spans[s])
 
+    def refit(self, s):
+        self.local(s).refit(self.grid, self.params[s])
 
-def least_squares_scales(case):
-    """(G, O) fp64: each row's design matrix written out, weighted by a factor of H; unused groups keep their scale."""
-    factor = torch.linalg.cholesky(case.H.double())
-    best = case.scale.double()
-    v = (case.codes - spread(case.zero, GROUP, INPUTS)).double()
-    for row in range(OUTPUTS):
-        design = torch.zeros(INPUTS, GROUPS, dtype=torch.float64)
-        for column in range(INPUTS):
-            design[column, column // GROUP] = v[column, row]
-        used = design.abs().sum(0) > 0
-        if bool(used.any()):
-            target = factor.T @ case.W[row].double()[:, None]
-            best[used, row] = torch.linalg.lstsq(factor.T @ design[:, used], target, driver="gelsd").solution[:, 0]
-    return best
+    def sweep(self, s, seed=0, column_block=128):
+        local = self.local(s)
+        local.sweep(self.grid, self.params[s], torch.Generator().manual_seed(seed), column_block)
+        self.codes[self.spans[s].columns] = local.codes
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+def best_scale(case, s):
+    """(O,) fp64: minimises the loss over one group's scale, everything else fixed, on a factor of H."""
+    factor, columns = torch.linalg.cholesky(case.H.double()), case.spans[s].columns
+    direction = torch.zeros(INPUTS, OUTPUTS, dtype=torch.float64)
+    direction[columns] = (case.codes[columns] - case.params[s][1]).double()
+    rest = case.W.double() - case.values() + (direction * case.params[s][0].double()).T
+    design, target = factor.T @ direction, factor.T @ rest.T
+    return (design * target).sum(0) / design.square().sum(0)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
-def test_refit_is_the_dense_least_squares(bits, sym, seed):
-    case = start(bits, sym, seed)
-    case.codes[:GROUP, 3] = case.zero[0, 3]  # on the zero point (0.5 at one bit is no code, but works the same)
-    case.codes[2 * GROUP :, 4] = case.zero[2, 4]
-    case.codes[:, 5] = spread(case.zero, GROUP, INPUTS)[:, 5]
-    expected, before, codes = least_squares_scales(case), case.scale.clone(), case.codes.clone()
-    loss = case.loss()
-    case.refit()
-    assert torch.equal(case.codes, codes)
-    assert torch.equal(case.scale, case.scale.half().float())
-    assert torch.equal(case.scale[0, 3], before[0, 3]) and torch.equal(case.scale[2, 4], before[2, 4])
-    assert torch.equal(case.scale[:, 5], before[:, 5])
+def test_refit_is_least_squares(bits, sym, shuffled):
+    case = start(bits, sym, shuffled=shuffled)
+    columns = case.spans[1].columns
+    case.codes[columns, 3] = case.params[1][1][3]  # on the zero point (0.5 at one bit is no code, but works the same)
+    expected, before, codes, loss = best_scale(case, 1), case.params[1][0].clone(), case.codes.clone(), case.loss()
+    others = [p[0].clone() for p in case.params]
+    case.refit(1)
+    new = case.params[1][0]
+    assert torch.equal(case.codes, codes) and torch.equal(new, new.half().float())
+    assert all(torch.equal(p[0], o) for s, (p, o) in enumerate(zip(case.params, others, strict=True)) if s != 1)
+    assert new[3] == before[3], "codes that all sit on the zero point say nothing about the scale"
     # A row either gains, and then holds the rounded solution (one ulp: fp32 sums may tip the rounding), or stays.
-    stayed = (case.scale == before).all(0)
-    torch.testing.assert_close(case.scale.double()[:, ~stayed], expected[:, ~stayed], rtol=3 * HALF_ULP, atol=0)
-    rounded = case.loss(expected.half().float())
-    assert bool((rounded >= loss * (1 - 1e-4))[stayed].all()) and not bool(stayed.all())
-    assert bool((case.loss() <= torch.minimum(loss, rounded) + 2**-20 * case.energy).all())
+    moved = new != before
+    assert float(moved.double().mean()) > 0.5
+    torch.testing.assert_close(new.double()[moved], expected[moved], rtol=3 * HALF_ULP, atol=0)
+    assert bool((case.loss() <= loss + 2**-22 * case.energy).all())
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e-7])  # small ones have scales subnormal in fp16
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
 def test_no_step_raises_any_rows_loss(bits, sym, size):
     """Up to the fp32 sums that steps are judged by: a few 2**-24 of the row's energy."""
-    case = start(bits, sym, 2, size)
-    slack, generator = 2**-22 * case.energy, torch.Generator().manual_seed(0)
+    case = start(bits, sym, 2, size, shuffled=True)
+    slack = 2**-22 * case.energy
     first = last = case.loss()
-    for _ in range(6):
-        case.refit()
-        refitted = case.loss()
-        assert bool((refitted <= last + slack).all())
-        case.sweep(torch.randperm(INPUTS, generator=generator))
-        swept = case.loss()
-        assert bool((swept <= refitted + slack).all())
-        last = swept
+    for round_ in range(3):
+        for s in range(len(case.spans)):
+            case.refit(s)
+            refitted = case.loss()
+            assert bool((refitted <= last + slack).all())
+            case.sweep(s, round_)
+            last = case.loss()
+            assert bool((last <= refitted + slack).all())
     if size == 1:
         assert float(last.sum() / first.sum()) < 0.7
-    assert bool(torch.isfinite(case.scale).all()) and torch.equal(case.codes, case.codes.round())
-    assert bool((case.scale != 0).all()), "a group whose scale is 0 could never be refitted"
+    for scale, _ in case.params:
+        assert bool(torch.isfinite(scale).all()) and torch.equal(scale, scale.half().float())
+        assert bool((scale != 0).all()), "a group whose scale is 0 could never be refitted"
+    assert torch.equal(case.codes, case.codes.round())
     assert case.codes.min() >= 0 and case.codes.max() <= case.grid.top
 
 
-def test_a_refit_that_rounding_makes_worse_is_not_taken():
-    """Scales of a few fp16 steps: the least-squares ones, once rounded, are worse than the old ones in some rows."""
-    cases = [start(2, True, 2, 3e-7), start(2, False, 2, 3e-7), start(3, False, 2, 1e-6)]
-    generator, refused = torch.Generator().manual_seed(0), 0
-    for _ in range(3):
-        for case in cases:
-            rounded, before = case.loss(least_squares_scales(case).half().float()), case.loss()
-            worse, scale = rounded > 1.001 * before, case.scale.clone()
-            case.refit()
-            assert torch.equal(case.scale[:, worse], scale[:, worse])
-            refused += int(worse.sum())
-            case.sweep(torch.randperm(INPUTS, generator=generator))
-    assert refused > 5
-
-
-def naive_sweep(case, order):
+def naive_sweep(case, s, order):
     """Coordinate descent in fp64: every gradient from scratch, every code by comparison with all values."""
-    W, H, codes = case.W.double(), case.H.double(), case.codes.T.double()
-    scale, zero = (spread(p, GROUP, INPUTS).T.double() for p in (case.scale, case.zero))
-    Q, margin = scale * (codes - zero), torch.ones(OUTPUTS).double()
-    for j in order.tolist():
+    W, H, codes, Q = case.W.double(), case.H.double(), case.codes.T.double(), case.values()
+    places = torch.arange(INPUTS)[case.spans[s].columns]
+    scale, zero = (p.double() for p in case.params[s])
+    margin = torch.ones(OUTPUTS).double()
+    for j in places[order].tolist():
         best = Q[:, j] - (Q - W) @ H[:, j] / H[j, j]
-        codes[:, j], to_tie = nearest_code(best, scale[:, j], zero[:, j], case.grid.top)
-        Q[:, j] = scale[:, j] * (codes[:, j] - zero[:, j])
+        codes[:, j], to_tie = nearest_code(best, scale, zero, case.grid.top)
+        Q[:, j] = scale * (codes[:, j] - zero)
         margin = torch.minimum(margin, to_tie)
     return codes.T, margin
 
@@ -152,57 +147,53 @@ def naive_sweep(case, order):
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
 def test_sweep_is_the_naive_coordinate_descent(bits, sym, shuffled):
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(INPUTS, generator=generator) if shuffled else torch.arange(INPUTS)
-    codes, margin = naive_sweep(start(bits, sym), order)
-    assert float((codes != start(bits, sym).codes).double().mean()) > 0.02, "the sweep has something to do"
-    # best = q - (D H)_j / H_jj is a sum of INPUTS fp32 terms of up to 2**bits steps; rows nearer to a tie may differ.
-    clear = margin > 2**-23 * 2**bits * INPUTS
-    assert clear.double().mean() > 0.6
-    for column_block in (1, 7, 32, 128):
-        case = start(bits, sym)
-        scale = case.scale.clone()
-        R, Q = case.sweep(order, column_block)
-        assert torch.equal(case.codes[:, clear].double(), codes[:, clear])
-        assert torch.equal(case.scale, scale) and torch.equal(Q.double(), case.values().float().double().T)
-        D, H = (Q - case.W.T).double(), case.H.double()
-        torch.testing.assert_close(R.double(), H @ D, rtol=0, atol=2**-23 * INPUTS * float((H.abs() @ D.abs()).max()))
+    for s in (0, 2):
+        given = start(bits, sym, shuffled=shuffled)
+        places = torch.arange(INPUTS)[given.spans[s].columns]
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(1))
+        codes, margin = naive_sweep(given, s, order)
+        assert float((codes != given.codes).double().mean()) > 0.002, "the sweep has something to do"
+        # best = q - (D H)_j / H_jj is a sum of INPUTS fp32 terms of up to 2**bits steps; rows near a tie may differ.
+        clear = margin > 2**-23 * 2**bits * INPUTS
+        assert clear.double().mean() > 0.6
+        for column_block in (1, 7, 32, 128):
+            case = start(bits, sym, shuffled=shuffled)
+            case.sweep(s, 1, column_block)
+            assert torch.equal(case.codes[:, clear].double(), codes[:, clear])
 
 
-def test_refine_alternates_and_ends_with_a_refit():
-    def run(rounds, seed):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_refine_keeps_the_books(shuffled):
+    before = start(2, True, 1, shuffled=shuffled)
+    for rounds in (0, 3):
+        case = start(2, True, 1, shuffled=shuffled)
+        D, R = case.refine(rounds, column_block=7)
+        torch.testing.assert_close(D.double().T, case.values() - case.W.double(), rtol=0, atol=2**-20)
+        D, H = D.double(), case.H.double()
+        bound = 2**-23 * INPUTS * float((H.abs() @ D.abs()).max()) * (1 + rounds)
+        torch.testing.assert_close(R.double(), H @ D, rtol=0, atol=bound)
+        assert torch.equal(case.codes, before.codes) == (rounds == 0)
+
+
+def test_rounds_and_seeds():
+    def run(rounds, seed=0):
         case = start(2, True, 1)
-        generator = torch.Generator().manual_seed(seed)
-        refine(*case.given, case.grid, GROUP, rounds=rounds, generator=generator, column_block=32)
+        case.refine(rounds, seed)
         return case
 
-    before = start(2, True, 1)
-    untouched = run(0, 0)
-    assert torch.equal(untouched.codes, before.codes) and torch.equal(untouched.scale, before.scale)
-    losses = [float(run(rounds, 0).loss().sum()) for rounds in (0, 1, 2, 4)]
+    losses = [float(run(rounds).loss().sum()) for rounds in (0, 1, 2, 4)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
-    by_hand, generator = start(2, True, 1), torch.Generator().manual_seed(7)
-    for _ in range(3):
-        by_hand.refit()
-        by_hand.sweep(torch.randperm(INPUTS, generator=generator), 32)
-    by_hand.refit()
-    done = run(3, 7)
-    assert torch.equal(done.codes, by_hand.codes) and torch.equal(done.scale, by_hand.scale)
-    assert not torch.equal(done.codes, run(3, 8).codes)
+    assert torch.equal(run(2, 7).codes, run(2, 7).codes)
+    assert not torch.equal(run(2, 7).codes, run(2, 8).codes)
 
 
 def test_rows_are_refined_independently():
     whole, part = start(2, False), start(2, False)
     rows = slice(5, 9)
     part.W, part.codes = part.W[rows], part.codes[:, rows].contiguous()
-    part.scale, part.zero = part.scale[:, rows].contiguous(), part.zero[:, rows].contiguous()
+    part.params = [tuple(p[rows].contiguous() for p in params) for params in part.params]
     for case in (whole, part):
-        generator = torch.Generator().manual_seed(0)
-        refine(*case.given, case.grid, GROUP, rounds=2, generator=generator)
+        case.refine(2)
     assert torch.equal(whole.codes[:, rows], part.codes)
-    torch.testing.assert_close(whole.scale[:, rows], part.scale, rtol=2 * HALF_ULP, atol=0)
-
-
-def test_spread_gives_each_column_its_groups_value():
-    per_group = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
-    assert spread(per_group, 2, 5).tolist() == [[1, 10], [1, 10], [2, 20], [2, 20], [3, 30]]
+    for ours, theirs in zip(whole.params, part.params, strict=True):
+        torch.testing.assert_close(ours[0][rows], theirs[0], rtol=2 * HALF_ULP, atol=0)

@@ -97,10 +97,14 @@ def _add_general(writer: gguf.GGUFWriter, folder: Path, tensors: Sequence[FileTe
     for tensor in tensors:
         weights[tensor.ggml_type.name] += prod(tensor.shape)
     writer.add_type(gguf.GGUFType.MODEL)
-    metadata = gguf.Metadata.load(None, folder, None, weights.total())
-    metadata.name = metadata.name or folder.name
-    metadata.size_label = metadata.size_label or gguf.size_label(weights.total(), weights.total(), 0, 0)
-    metadata.set_gguf_meta_model(writer)
+    try:
+        metadata = gguf.Metadata.load(None, folder, None, weights.total())
+        metadata.name = metadata.name or folder.name
+        metadata.size_label = metadata.size_label or gguf.size_label(weights.total(), weights.total(), 0, 0)
+        metadata.set_gguf_meta_model(writer)
+    except Exception as error:  # the package takes the card's fields for what they should be
+        cause = " ".join(str(error).split())
+        raise InputError(f"{folder / 'README.md'}: the head of the model card cannot be read ({cause})") from error
     (mostly, _), *_ = weights.most_common()
     if file_type(mostly) is not None:
         writer.add_file_type(file_type(mostly))

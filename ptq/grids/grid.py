@@ -1,0 +1,59 @@
+"""What a solver asks of a grid: the set of values that a file format can hold, and how to move inside it.
+
+Every grid here is scalar: a row's columns are cut into spans that are fitted together (a group of a GPTQ file, a
+super-block of llama.cpp), a span into steps that share one (scale, zero) pair, and a code stands for one value:
+decode(code, scale, zero). What the file stores for a span are its params: a tuple of tensors whose last dimension is
+rows. Params are always exactly storable, so that packing rounds nothing.
+
+Legend: R rows, c columns of a span, k numbers of one kind per span.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Params = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One stored number a row, along which a span's values are linear.
+
+    Attributes:
+        number: (R,) its present value: a view into the params, overwritten by the solver.
+        columns: The columns of the span it moves.
+        direction: (c', R) derivative of those columns' values.
+        storable: Nearest storable numbers of real ones (R,); NaN where there is none.
+    """
+
+    number: torch.Tensor
+    columns: slice
+    direction: torch.Tensor
+    storable: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Grid(Protocol):
+    """The values of one file format."""
+
+    def fit(self, w: torch.Tensor, weight: torch.Tensor) -> Params:
+        """Params that nearly minimise sum_j weight_j (w_j - nearest value)**2, w and weight (R, c)."""
+
+    def fit_minmax(self, w: torch.Tensor) -> Params:
+        """Params of plain round-to-nearest, w (R, c)."""
+
+    def steps(self, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of every step, each (steps of a span, R)."""
+
+    def columns_per_step(self, span: int) -> int:
+        """Columns that share a (scale, zero) pair."""
+
+    def encode(self, w, scale, zero):
+        """Nearest codes as floats; broadcasts."""
+
+    def decode(self, codes, scale, zero):
+        """Values of codes; broadcasts."""
+
+    def knobs(self, params: Params, codes: torch.Tensor) -> Iterator[Knob]:
+        """The numbers a solver may improve, in a good order, codes (c, R) fixed; each sees the changes before it."""

@@ -1,0 +1,35 @@
+"""The most memory a run took, and giving back what it no longer needs."""
+
+import ctypes
+import resource
+from pathlib import Path
+
+import torch
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the process's peak resident memory, and the GPU's peak where one was used."""
+    peak = {"resident": _peak_resident()}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _peak_resident() -> int:
+    try:  # exact; getrusage's figure starts from the parent's at the time of the fork
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_freed() -> None:
+    """Gives freed heap pages back to the system.
+
+    glibc keeps freed blocks of up to 32 MB for later use, between blocks that live on; a walk frees many such, of many
+    sizes, and its resident memory would drift some hundred megabytes above what is in use.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
