@@ -4,7 +4,7 @@ Keys and values are cached in F32 and flash attention is off; both round to fp16
 """
 
 import ctypes
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 

@@ -152,16 +152,16 @@ class _Reader:
         kind = self._value("rope.scaling.type", "none" if self._value("rope.scaling.factor") is None else "linear")
         if not isinstance(kind, str):
             raise self._refuse("rope.scaling.type is no text")
-        if kind in ("none", "linear") and "rope_freqs.weight" in self._file.tensors:
-            factors = self._factors("rope_freqs.weight", turned)
+        factor = self._number("rope.scaling.factor", float, 1.0, limit=math.inf)
+        if kind != "yarn" and "rope_freqs.weight" in self._file.tensors:
+            factors = [factor * each for each in self._factors("rope_freqs.weight", turned)]
             return self._factored(factors, factors, 1.0, context)
-        if kind == "longrope" and "rope_factors_long.weight" in self._file.tensors:
+        if kind != "yarn" and "rope_factors_long.weight" in self._file.tensors:  # Phi-3's files may lack the type
             attention = self._number("rope.scaling.attn_factor", float, 1.0, limit=math.inf)
             pair = [self._factors(f"rope_factors_{length}.weight", turned) for length in ("long", "short")]
             return self._factored(*pair, attention, self._original_context(context))
         if kind in ("none", "longrope"):
             return {}
-        factor = self._number("rope.scaling.factor", float, 1.0, limit=math.inf)
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor} if factor != 1 else {}
         if kind == "yarn":

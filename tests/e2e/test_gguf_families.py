@@ -16,6 +16,8 @@ from ptq.export.gguf.layout import HEAD, EncodedTensor
 from ptq.export.gguf.types import Q2_0, dequantize
 from ptq.export.gguf.writer import write_gguf
 from ptq.families import FAMILIES, family_of
+from ptq.gguf.config import read_config
+from ptq.gguf.file import GgufFile
 from ptq.gguf.weights import GgufCheckpoint
 
 WEIGHTS = "model.safetensors"
@@ -139,6 +141,24 @@ def test_the_file_reads_back_as_the_model(case):
         assert torch.allclose(tensor, ours[name], rtol=0, atol=2**-23 if "norm" in name else 0), name
     # Only a frequency that comes back by way of its factor, and epsilon as fp32, differ in the last bit.
     assert torch.allclose(logits(restored(path)), logits(original(source)), rtol=1e-5, atol=5e-5)
+
+
+def test_keys_that_files_of_others_lack(case):
+    """llama.cpp has defaults for many keys; a config read without them must be the same where they say the default."""
+    _, path = case
+    file = GgufFile(path)
+    name, whole = file.metadata["general.architecture"], read_config(file)
+    optional = ["vocab_size", "rope.dimension_count", "use_parallel_residual", "final_logit_softcapping",
+                "attn_logit_softcapping", "rope.freq_base_swa"]  # fmt: skip
+    optional += ["rope.scaling.type"] * (whole.get("rope_parameters", {}).get("rope_type") == "longrope")
+    heads = file.metadata[f"{name}.attention.head_count"]
+    if whole.get("head_dim") == whole.get("hidden_size", 0) // heads:
+        optional += ["attention.key_length", "attention.value_length"]
+    defaults = {"use_parallel_residual": True, "rope.dimension_count": whole.get("head_dim", 64 // heads)}
+    for key in optional:
+        if key not in defaults or file.metadata.get(f"{name}.{key}") == defaults[key]:
+            file.metadata.pop(f"{name}.{key}", None)
+    assert read_config(file) == whole
 
 
 def encode(source, number, encoder):

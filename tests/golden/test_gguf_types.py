@@ -1,7 +1,7 @@
 """Blocks of Q1_0 and Q2_0 from bytes written by hand, and as llama.cpp's own code reads them."""
 
 import ctypes
-import importlib
+import importlib.util
 
 import numpy as np
 import pytest
