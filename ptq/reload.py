@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calibration.errors import InputError
 from ptq.checkpoint import Checkpoint, open_checkpoint
@@ -142,8 +142,14 @@ def open_tokenizer(weights: Weights, *, trust_remote_code: bool = False):
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """The folder's tokenizer, or None if it has none that loads."""
+    """The folder's tokenizer, or None if it has none that loads.
+
+    A tokenizer.json is taken as it stands. Some classes of transformers 5 make its steps anew by the name in
+    tokenizer_config.json: StarCoder's loses the cut at digits, Llama 2's the space before a text that begins with one.
+    """
+    as_it_stands = (folder / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception:  # transformers raises whatever its many tokenizers do; who needs one says so
         return None

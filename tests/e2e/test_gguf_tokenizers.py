@@ -15,6 +15,7 @@ from ptq.export.gguf.pretokenizers import PRE_TOKENIZERS, recognise, to_json
 from ptq.export.gguf.writer import write_gguf
 from ptq.gguf.file import GgufFile
 from ptq.gguf.tokenizer import read_tokenizer
+from ptq.reload import load_tokenizer
 
 TRICKY = [
     "", " ", "  ", "\n", "\t", " leading", "trailing ", "trailing  \n", "Hello world", "  two  spaces   three",
@@ -80,6 +81,21 @@ def test_shared_tokenizers(tmp_path, shared, name):
 def test_shared_tokenizers_on_ten_thousand_lines(tmp_path, shared, name):
     tokenizer = AutoTokenizer.from_pretrained(shared / name)
     assert_same(write_model(tmp_path, tokenizer), tokenizer, TRICKY + real_lines(shared, 10_000))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [("starcoder", "GPT2Tokenizer", "x            0, 1"), ("llama2-spm", "LlamaTokenizer", " leading </s> space")],
+)
+def test_tokenizer_json_is_taken_as_it_stands(tmp_path, shared, name, kind, text):
+    """Whatever class tokenizer_config.json names; the hub's StarCoder and Llama 2 name these."""
+    source = shared / "tokenizers" / name
+    shutil.copyfile(source / "tokenizer.json", tmp_path / "tokenizer.json")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": kind}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (config["bos_token"], config["eos_token"])
 
 
 def train(name, *, normalizer=None, bos=False) -> PreTrainedTokenizerFast:
