@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, quants
 from llama_client import open_llama
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
@@ -16,6 +16,7 @@ from ptq.export.gguf.layout import HEAD, EncodedTensor
 from ptq.export.gguf.types import Q2_0, dequantize
 from ptq.export.gguf.writer import write_gguf
 from ptq.families import FAMILIES, family_of
+from ptq.families.gguf import BY_MODEL_TYPE, BY_NAME
 from ptq.gguf.config import read_config
 from ptq.gguf.file import GgufFile
 from ptq.gguf.weights import GgufCheckpoint
@@ -287,6 +288,15 @@ def test_weights_beyond_f16_and_rows_that_fill_no_block_are_refused(tmp_path):
     with pytest.raises(InputError, match="F16 cannot"):
         write(tmp_path / "model.gguf", source, float_type="F16")
     write(tmp_path / "model.gguf", source, float_type="BF16")
+
+
+def test_the_table_speaks_the_package_s_words():
+    groups = [value for value in vars(Keys).values() if isinstance(value, type)]
+    known = {value for group in groups for value in vars(group).values() if isinstance(value, str)}
+    for architecture in BY_NAME.values():
+        assert architecture.name in MODEL_ARCH_NAMES.values()
+        assert all("{arch}." + key.key in known for key in architecture.keys)
+    assert set(BY_MODEL_TYPE) == set(FAMILIES) - {"opt"}
 
 
 def test_names_and_buffers_of_hub_files(tmp_path):

@@ -142,6 +142,16 @@ def test_sentencepiece_without_a_leading_space(tmp_path, shared):
     assert_same(write_model(tmp_path, tokenizer), tokenizer, TRICKY + real_lines(shared, 500))
 
 
+@pytest.mark.parametrize(
+    "change", [{"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": {"type": "Whitespace"}}], ids=["norm", "cut"]
+)
+def test_sentencepiece_with_more_steps_is_refused(tmp_path, shared, change):
+    content = json.loads((shared / "models/stories260K/tokenizer.json").read_text()) | change
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>")
+    with pytest.raises(InputError, match="no SentencePiece tokenizer with"):
+        write_model(tmp_path, tokenizer)
+
+
 def test_special_tokens_and_chat_template(tmp_path):
     tokenizer = train("gpt-2")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}

@@ -121,10 +121,17 @@ def _scores(content, vocab_size) -> list[float]:
 
 
 def _prepends_space(content) -> bool:
+    """Whether a space is put before a text; what else is done to a text must be what llama.cpp does."""
     normalizer, splitter = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    prepended = any(step.get("type") == "Prepend" and step["prepend"] == SPACE for step in steps)
-    return prepended or (splitter.get("type") == "Metaspace" and splitter["prepend_scheme"] != "never")
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kinds = [step["type"] for step in steps]
+    at_spaces = splitter.get("type") in (None, "Metaspace") or splitter.get("pattern") == {"String": " "}
+    if not set(kinds) <= {"Prepend", "Replace"} or not at_spaces:
+        raise InputError(
+            f"tokenizer.json: llama.cpp has no SentencePiece tokenizer with the normalizer {kinds} and the"
+            f" pre_tokenizer {splitter.get('type')}"
+        )
+    return "Prepend" in kinds or (splitter.get("type") == "Metaspace" and splitter["prepend_scheme"] != "never")
 
 
 def _add_specials(writer, tokenizer, config):
