@@ -56,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(TEST_READY): $(READY)
-	$(PY) $(PIP) --quiet -e '.[test]'
+	$(PY) $(PIP) --quiet -e '.[test,eval,notebooks]'
 	@touch $@
 
 # The programs that load our files, in an environment apart: they pin a numpy of their own.

@@ -1,29 +1,53 @@
-"""python -m ptq.evaluate: perplexity of a model folder or GGUF file, quantized or not, as the file stands."""
+"""python -m ptq.evaluate: perplexity or task scores of a model folder or GGUF file, quantized or not, as it stands."""
 
 import argparse
 import json
+import os
+import tempfile
+from pathlib import Path
 
-from calibration.corpora import CORPORA
+from calibration.corpora import CORPORA, load_documents
 from calibration.errors import InputError
-from calibration.tokens import heldout_tokens, is_token_file
-from ptq.console import run_command
-from ptq.evaluation.perplexity import measure_perplexity
-from ptq.pipeline import choose_device, choose_dtype, window_length
+from calibration.tokens import heldout_tokens, is_token_file, leading_special_tokens
+from ptq.console import run_command, table
+from ptq.evaluation.divergence import measure_divergence
+from ptq.evaluation.harness import Score, answer_store, document_tasks, load_tasks, preset_average, run_tasks
+from ptq.evaluation.perplexity import WINDOWS, measure_perplexity, prepare_windows
+from ptq.evaluation.tasks import PRESETS, choose_tasks
+from ptq.load import load_model
+from ptq.pipeline import choose_device, choose_dtype, default_budget, window_length
 from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
+
+PROTOCOLS = (*WINDOWS, "lm-eval")
+EPILOG = """protocols, never to be mixed:
+  gptq       windows of 2048 tokens that do not overlap, cut from the joined text; every token but the first counts
+  llama.cpp  as llama-perplexity: windows of 512 that begin with bos; the second half counts
+  lm-eval    the harness's wikitext: whole documents; perplexity of words and bytes, bits per byte
+Figures compare only at the same protocol, text, tokenizer and seqlen.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=(
-        "Windows of seqlen tokens that do not overlap, cut from the joined held-out text; every token of a window but "
-        "the first counts. Figures compare only at the same text, tokenizer and seqlen."))  # fmt: skip
+    p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=EPILOG,
+                                formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     p.add_argument("path", metavar="PATH", help="model folder, hub id or GGUF file")
-    source = p.add_mutually_exclusive_group()
+    text = p.add_argument_group("perplexity")
+    source = text.add_mutually_exclusive_group()
     source.add_argument("--corpus", choices=list(CORPORA), default="wikitext2", help="held-out part of a corpus")
     source.add_argument("--text", metavar="FILE", help=".txt, .jsonl, .parquet, or .npy token rows")
-    p.add_argument("--seqlen", type=int, help="tokens in a window (default: 2048, or the model's context if shorter)")
-    p.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: the whole text)")
+    text.add_argument("--protocol", choices=PROTOCOLS, default="gptq", help="see below (default: gptq)")
+    text.add_argument("--seqlen", type=int, help="tokens in a window (default: the protocol's, or the model's context)")
+    text.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: the whole text)")
+    text.add_argument("--reference", metavar="DIR", help="a full-precision model: KL divergence from it as well")
+    tasks = p.add_argument_group("tasks", "by lm-evaluation-harness; the whole model is held in memory")
+    tasks.add_argument("--tasks", metavar="PRESET|NAME,NAME", help=f"{', '.join(PRESETS)}, or the harness's names")
+    tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    tasks.add_argument("--data-dir", type=Path, metavar="DIR", help="questions from DIR/TASK.jsonl, not from the hub")
+    tasks.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests in a forward (default: 8)")
+    tasks.add_argument("--cache", type=Path, default=_default_cache(), metavar="DIR",
+                       help="answers are kept here and not asked again (default: ~/.cache/ptq)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -38,31 +62,130 @@ def main(argv=None):
 
 
 def _evaluate(args):
-    weights = open_weights(args.path, trust_remote_code=args.trust_remote_code)
-    device = choose_device(args.device)
-    model = StreamedModel(
-        weights,
-        dtype=choose_dtype(args.dtype, device, weights.config),
-        device=device,
-        trust_remote_code=args.trust_remote_code,
-    )
-    source = args.text or args.corpus
-    tokenizer = open_tokenizer(weights, trust_remote_code=args.trust_remote_code)
+    if args.tasks is not None:
+        _tasks(args)
+    elif args.protocol == "lm-eval":
+        _documents(args)
+    else:
+        _windows(args)
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq"
+
+
+def _tasks(args):
+    for flag, value in (("--text", args.text), ("--max-tokens", args.max_tokens), ("--reference", args.reference)):
+        if value is not None:
+            raise InputError(f"--tasks asks questions and takes no {flag}: run the perplexity on its own")
+    names, absent = choose_tasks(args.tasks, args.data_dir)
+    scores = _scores(args, load_tasks(names, args.data_dir))
+    average = preset_average(args.tasks, scores)
+    if args.json:
+        print(json.dumps({"scores": [score.as_dict() for score in scores], "average": average, "absent": absent}))
+        return
+    print(_score_table(scores, [(average[0], "", f"{average[1]:.4f}", "", "")] if average else []))
+    if absent:
+        print(f"\nnot in {args.data_dir}: {', '.join(absent)}")
+
+
+def _documents(args):
+    if args.max_tokens is not None or args.reference is not None:
+        raise InputError("--protocol lm-eval takes whole documents: no --max-tokens, and no --reference")
+    if args.text is None and args.corpus == "wikitext2":
+        tasks = load_tasks(("wikitext",), args.data_dir)
+    elif is_token_file(args.text or ""):
+        raise InputError(f"{args.text}: --protocol lm-eval counts words and bytes, and token rows have none")
+    else:
+        tasks = document_tasks(load_documents(_source(args), "heldout", needed_characters=None))
+    scores = _scores(args, tasks)
+    if args.json:
+        print(json.dumps({"scores": [s.as_dict() for s in scores], "protocol": "lm-eval", "text": _source(args)}))
+    else:
+        print(_score_table(scores, []))
+
+
+def _scores(args, tasks) -> list[Score]:
+    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size), ("--seqlen", args.seqlen)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value} must be at least 1")
+    loaded = load_model(args.path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    length = None if args.seqlen is None else window_length(loaded.model.config, args.seqlen)
+    store = answer_store(loaded.folder, loaded.model, args.cache, length)
+    options = {"batch_size": args.batch_size, "limit": args.limit, "max_length": length}
+    return run_tasks(loaded.model, loaded.tokenizer, tasks, store, **options)
+
+
+def _score_table(scores, more):
+    rows = [(s.task, s.metric, f"{s.value:.4f}", _plus_minus(s.stderr), str(s.questions)) for s in scores]
+    return table([("", "metric", "value", "stderr", "samples"), *rows, *more])
+
+
+def _plus_minus(error):
+    return "" if error is None else f"± {error:.4f}"
+
+
+def _windows(args):
+    model = _streamed(args.path, args)
+    windows, skip = _held_out(args, model)
+    with tempfile.TemporaryDirectory(prefix="ptq-") as folder:
+        spill = {"spill": Path(folder), "budget": default_budget()}
+        if args.reference is None:
+            result = measure_perplexity(model, windows, skip=skip, **spill)
+            lines = [_perplexity_line(result, args)]
+        else:
+            result = measure_divergence(model, _streamed(args.reference, args), windows, skip=skip, **spill)
+            lines = _divergence_lines(result, args)
+    if args.json:
+        print(json.dumps({**result.as_dict(), "protocol": args.protocol, "text": _source(args)}))
+    else:
+        print("\n".join(lines))
+
+
+def _streamed(path, args) -> StreamedModel:
+    weights, device = open_weights(path, trust_remote_code=args.trust_remote_code), choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device, weights.config)
+    return StreamedModel(weights, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
+
+
+def _held_out(args, model):
+    """Windows (n, seqlen) and how many leading positions of each do not count."""
+    source, folder, config = _source(args), model.checkpoint.folder, model.config
+    tokenizer = open_tokenizer(model.checkpoint, trust_remote_code=args.trust_remote_code)
     if tokenizer is None and not is_token_file(source):
-        raise InputError(f"{weights.folder}: has no usable tokenizer; give --text a .npy file of ids")
+        raise InputError(f"{folder}: has no usable tokenizer; give --text a .npy file of ids")
+    usual = min(WINDOWS[args.protocol], window_length(config, None))
     windows = heldout_tokens(
         tokenizer,
         source,
-        seqlen=window_length(model.config, args.seqlen),
+        seqlen=window_length(config, args.seqlen or usual),
         max_tokens=args.max_tokens,
-        vocab_size=model.config.vocab_size,
+        vocab_size=config.vocab_size,
     )
-    window_length(model.config, windows.shape[1])
-    result = measure_perplexity(model, windows)
-    if args.json:
-        print(json.dumps({**result.as_dict(), "text": source}))
-    else:
-        print(f"perplexity {result.perplexity:.4f} on {result.tokens} tokens of {source}, windows of {result.seqlen}")
+    window_length(config, windows.shape[1])
+    return prepare_windows(args.protocol, windows, [] if tokenizer is None else leading_special_tokens(tokenizer))
+
+
+def _source(args):
+    return args.text or args.corpus
+
+
+def _perplexity_line(result, args):
+    protocol = "" if args.protocol == "gptq" else f", protocol {args.protocol}"
+    return (
+        f"perplexity {result.perplexity:.4f} on {result.tokens} tokens of {_source(args)},"
+        f" windows of {result.seqlen}{protocol}"
+    )
+
+
+def _divergence_lines(result, args):
+    return [
+        _perplexity_line(result.model, args),
+        f"reference  {result.reference.perplexity:.4f} ({args.reference})",
+        f"KL divergence {result.kl:.6f} ± {result.kl_stderr:.6f} nats; 99 % below {result.kl_99:.4f}, at most"
+        f" {result.kl_max:.4f}",
+        f"same likeliest token {result.same_top:.2%}",
+    ]
 
 
 if __name__ == "__main__":

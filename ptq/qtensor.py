@@ -1,16 +1,19 @@
-"""A quantized matrix before packing: integer codes and the grid they index.
+"""A quantized matrix before packing: integer codes and the grid they index. Rows are outputs.
 
-`dequantize = scale * (code - zero)`, rows are outputs. Legend: O outputs, I inputs, G groups.
+Legend: O outputs, I inputs, G groups, S spans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ptq.grids.grid import BlockGrid, Params
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes of one linear on a uniform grid.
+    """Codes of one linear on a uniform grid: dequantize = scale * (code - zero).
 
     Attributes:
         codes: (O, I) uint8, each in 0..2**bits-1.
@@ -45,3 +48,43 @@ class QuantizedTensor:
     def rows(self, part: slice) -> "QuantizedTensor":
         """The same for some of the outputs."""
         return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
+
+    @staticmethod
+    def stack(parts: Sequence["QuantizedTensor"]) -> "QuantizedTensor":
+        """Several linears that differ in their outputs alone, as one."""
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero")}
+        return replace(parts[0], **joined)
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """Codes of one linear on a grid of blocks, such as llama.cpp's.
+
+    Attributes:
+        codes: (O, I) uint8.
+        params: What the file stores for a span, one tensor (S, ..., O) for each kind of number.
+        grid: Whose codes and numbers these are; I is a multiple of its span.
+    """
+
+    codes: torch.Tensor
+    params: Params
+    grid: BlockGrid
+
+    def dequantize(self) -> torch.Tensor:
+        """(O, I) float32 values, the file format's own arithmetic."""
+        span, width = self.grid.span, self.grid.columns_per_step(self.grid.span)
+        values = []
+        for s, codes in enumerate(self.codes.T.float().split(span)):
+            scale, zero = (p.repeat_interleave(width, 0) for p in self.grid.steps(tuple(p[s] for p in self.params)))
+            values.append(self.grid.decode(codes, scale, zero))
+        return torch.cat(values).T.contiguous()
+
+    def rows(self, part: slice) -> "BlockTensor":
+        """The same for some of the outputs."""
+        return replace(self, codes=self.codes[part], params=tuple(p[..., part] for p in self.params))
+
+    @staticmethod
+    def stack(parts: Sequence["BlockTensor"]) -> "BlockTensor":
+        """Several linears that differ in their outputs alone, as one."""
+        params = tuple(torch.cat(p, -1) for p in zip(*(part.params for part in parts), strict=True))
+        return replace(parts[0], codes=torch.cat([part.codes for part in parts]), params=params)

@@ -24,7 +24,7 @@ class QuantSpec:
         desc_act: Form groups along the activation order, which stores a shuffled g_idx that some runtimes refuse.
         damp_percent: Ridge added to the Hessian, as a fraction of its mean diagonal.
         column_block: Columns whose rounding error is propagated together; changes speed, not the result.
-        refine_rounds: Rounds of (least-squares scales, one coordinate-descent sweep over codes) after GPTQ.
+        refine_rounds: Rounds of refinement after GPTQ: each group its best scale, then its codes one by one.
         correction: Share of the error that arrives from earlier layers which each solve tries to undo, 0 to 1;
             above 0 a second, full-precision stream of activations is carried along.
         checkpoint_format: "gptq" (v1, stores zero-1) or "gptq_v2" (stores zero).
@@ -39,7 +39,7 @@ class QuantSpec:
     desc_act: bool = False
     damp_percent: float = 0.05
     column_block: int = 128
-    refine_rounds: int = 4
+    refine_rounds: int = 8
     correction: float = 1.0
     checkpoint_format: str = "gptq"
     seed: int = 0

@@ -92,6 +92,14 @@ class StreamedModel:
         if self._tied and head:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
+    def whole(self) -> nn.Module:
+        """The model with all its weights; they stay."""
+        for name, tensor in self._read(self._shapes):
+            _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
+        if self._tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        return self.model
+
     def embed(self, tokens: torch.Tensor):
         """Hidden states entering block 0 and every block's other arguments, for tokens (batch, T); inside outside()."""
         return record_block_inputs(lambda: self._base(tokens), self.blocks)

@@ -1,7 +1,11 @@
-"""Perplexity by the community's protocol: joined text, windows of seqlen that do not overlap, each on its own.
+"""Perplexity over windows of seqlen tokens that do not overlap, each on its own; protocols differ in what is scored.
 
-Every token of a window but the first is predicted from those before it in the window. The model is streamed block by
-block, so its size does not matter. The harnesses of GPTQ, OmniQuant and EfficientQAT count the same tokens.
+- `gptq`: joined text, every token of a window but the first is predicted from those before it in the window. The
+  harnesses of GPTQ, OmniQuant and EfficientQAT count the same tokens.
+- `llama.cpp`: the tool llama-perplexity. The first token of every window is replaced by bos where the tokenizer puts
+  one before a text, and only the second half of a window is scored: of 512 tokens the last 255.
+
+The third protocol, `lm-eval`, is the harness's (harness.py): whole documents, per word and per byte.
 """
 
 import math
@@ -9,38 +13,65 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from calibration.capture import run_block
 from calibration.errors import InputError
-from calibration.store import ActivationStore
+from ptq.evaluation.stream import batches_of, final_states, scored_logits
 from ptq.streamed import StreamedModel
 
-BATCH_TOKENS = 2048  # an MLP holds four times its width for each
-LOGIT_ENTRIES = 1 << 24  # logits held at once, fp32
+WINDOWS = {"gptq": 2048, "llama.cpp": 512}  # the usual seqlen of each protocol
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood in nats over `tokens` predicted tokens."""
+    """exp of the mean negative log-likelihood in nats over `tokens` predicted tokens, and its standard error.
+
+    The error is llama-perplexity's: that of the mean, as if tokens were independent, times the perplexity.
+    """
 
     perplexity: float
     nll: float
     tokens: int
     seqlen: int
+    stderr: float
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         return asdict(self)
 
 
+def prepare_windows(protocol: str, tokens: torch.Tensor, leading: list[int]) -> tuple[torch.Tensor, int]:
+    """Windows (n, seqlen) as a protocol wants them, and how many leading positions of each it does not score.
+
+    Args:
+        protocol: Key of WINDOWS.
+        tokens: int64 windows of the joined text.
+        leading: What the tokenizer puts before a text: a bos token or nothing.
+
+    Raises:
+        InputError: The second half of a window predicts nothing.
+    """
+    if protocol == "gptq":
+        return tokens, 0
+    if tokens.shape[1] < 3:
+        raise InputError(
+            f"the second half of windows of {tokens.shape[1]} tokens predicts nothing: seqlen must be 3 or more"
+        )
+    if leading:
+        tokens = tokens.clone()
+        tokens[:, 0] = leading[0]
+    return tokens, tokens.shape[1] // 2
+
+
 @torch.no_grad()
-def measure_perplexity(model: StreamedModel, tokens, *, spill: Path | None = None, budget: int | None = None, label=""):
+def measure_perplexity(
+    model: StreamedModel, tokens, *, skip: int = 0, spill: Path | None = None, budget: int | None = None, label=""
+) -> Perplexity:
     """Perplexity of a model on windows of tokens (n, seqlen).
 
     Args:
         model: The model, streamed.
         tokens: int64 windows.
+        skip: Leading positions of each window whose predictions are not scored.
         spill: Folder for activations past `budget` bytes.
         budget: Bytes of activations kept in memory; None for no limit.
         label: Names the progress bar.
@@ -48,32 +79,28 @@ def measure_perplexity(model: StreamedModel, tokens, *, spill: Path | None = Non
     Raises:
         InputError: The result is not finite.
     """
-    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    store, arguments, by_rows = ActivationStore(spill, budget), [], {}
-    with model.outside(head=False):
-        for batch in batches:
-            hidden, of_batch = model.embed(batch)
-            arguments.append(by_rows.setdefault(len(batch), of_batch))
-            store.append(hidden)
-    for i in tqdm(range(len(model.blocks)), desc=f"perplexity {label}", unit="block", disable=None, leave=False):
-        with model.block(i) as block:
-            for b, hidden in enumerate(store):
-                store[b] = run_block(block, hidden.to(model.device), arguments[b][i])
-    nll = torch.zeros((), dtype=torch.float64)
+    batches = batches_of(tokens)
+    states = final_states(model, batches, spill=spill, budget=budget, label=f"perplexity {label}")
+    nll = []
     with model.outside(head=True):
-        for batch, hidden in zip(batches, store, strict=True):
-            nll += _nll(model, hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-    count = tokens.numel() - len(tokens)
-    mean = float(nll) / count
+        for logits, wanted in scored_logits(model, batches, states, skip):
+            nll.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().cpu())
+    return summarise(torch.cat(nll), tokens.shape[1], model)
+
+
+def summarise(nll: torch.Tensor, seqlen: int, model: StreamedModel) -> Perplexity:
+    """The figures of fp64 negative log-likelihoods (N,).
+
+    Raises:
+        InputError: They are not finite.
+    """
+    mean = float(nll.mean())
     if not math.isfinite(mean):
         raise InputError(f"{model.checkpoint.folder}: the model's outputs are not finite on this text")
-    return Perplexity(math.exp(min(mean, 700.0)), mean, count, tokens.shape[1])
+    perplexity = math.exp(min(mean, 700.0))
+    return Perplexity(perplexity, mean, len(nll), seqlen, perplexity * standard_error(nll))
 
 
-def _nll(model, hidden, wanted):
-    """Summed over tokens: hidden (N, D) from the last block, wanted (N,) the tokens that follow."""
-    total, step = torch.zeros((), dtype=torch.float64), max(1, LOGIT_ENTRIES // model.config.vocab_size)
-    for states, ids in zip(hidden.split(step), wanted.split(step), strict=True):
-        logits = model.logits(states[None].to(model.device))[0].float()
-        total += torch.nn.functional.cross_entropy(logits, ids.to(logits.device), reduction="none").double().sum().cpu()
-    return total
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of values (N,): the root of their mean squared deviation over N - 1."""
+    return float(values.var(correction=0) / max(1, len(values) - 1)) ** 0.5

@@ -38,7 +38,10 @@ def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast | None:
     except Exception as error:  # the library raises its own and Python's
         raise InputError(f"{file.path}: its tokenizer cannot be read ({' '.join(str(error).split())[:160]})") from error
     specials = {f"{name}_token": backend.id_to_token(i) for name in SPECIALS if (i := _special(file, name)) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+    template = file.metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
 
 
 def _content(file) -> str | None:

@@ -57,3 +57,13 @@ class Grid(Protocol):
 
     def knobs(self, params: Params, codes: torch.Tensor) -> Iterator[Knob]:
         """The numbers a solver may improve, in a good order, codes (c, R) fixed; each sees the changes before it."""
+
+
+class BlockGrid(Grid, Protocol):
+    """A grid whose file format fixes the length of a span.
+
+    Attributes:
+        span: Columns of a block; rows are whole numbers of blocks.
+    """
+
+    span: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ptq.grids.affine import AffineGrid
-from ptq.qtensor import QuantizedTensor
+from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.columns import damped_factor, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
@@ -23,7 +23,7 @@ CHUNK = 1 << 21  # weights worked on at once: rows are independent, and a dozen 
 class Solution:
     """A solved stage. Losses are tr(D H D^T) of each output (O,), H damped, D against the corrected target."""
 
-    quantized: QuantizedTensor
+    quantized: QuantizedTensor | BlockTensor
     loss: torch.Tensor
     loss_gptq: torch.Tensor
     loss_rtn: torch.Tensor
@@ -32,13 +32,14 @@ class Solution:
     damp_percent: float
 
 
-def gptq(weights, H, spec, *, G=None, seed=0) -> Solution:
+def gptq(weights, H, spec, *, grid=None, G=None, seed=0) -> Solution:
     """Quantizes the linears of one stage.
 
     Args:
         weights: (O, I) matrix, or several to be stacked.
         H: (I, I) fp32, undamped 2/n X^T X; consumed.
         spec: A QuantSpec.
+        grid: A BlockGrid; None for the uniform groups that spec names.
         G: (I, I) fp32 2/n X_full^T X for the target correction, or None; consumed.
         seed: Seeds the order of refinement sweeps.
 
@@ -49,10 +50,9 @@ def gptq(weights, H, spec, *, G=None, seed=0) -> Solution:
         InputError: H cannot be made positive definite.
     """
     weights = [weights] if isinstance(weights, torch.Tensor) else weights
-    stage = _Stage(H, G, spec, weights[0].shape[1], seed)
-    parts = [stage.solve(W) for W in _row_chunks(weights, CHUNK)]
-    codes, scale, zero, *losses = (torch.cat(part) for part in zip(*parts, strict=True))
-    quantized = QuantizedTensor(codes, scale, zero, stage.g_idx, spec.bits, spec.group_size)
+    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed)
+    tensors, losses = zip(*(stage.solve(W) for W in _row_chunks(weights, CHUNK)), strict=True)
+    quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
     for consumed in (H, G):
         if consumed is not None:
             consumed.set_()  # the caller still names it; its memory is wanted
@@ -66,9 +66,9 @@ class _Stage:
     activation order. Everything here lies in visiting order: `order` leads to it from the layout.
     """
 
-    def __init__(self, H, G, spec, I, seed):
+    def __init__(self, H, G, spec, grid, I, seed):
         self.spec, self.seed = spec, seed
-        self.grid, self.span = AffineGrid(spec.bits, spec.sym), spec.columns_per_group(I)
+        self.grid, self.span = grid or AffineGrid(spec.bits, spec.sym), grid.span if grid else spec.columns_per_group(I)
         self.dead = float((H.diagonal() == 0).float().mean())
         natural = torch.arange(I, device=H.device)
         visited = natural
@@ -85,7 +85,7 @@ class _Stage:
         self.H = H
 
     def solve(self, W):
-        """codes, scale, zero and the losses of some rows W (O, I); rows first."""
+        """Some rows W (O, I), quantized, and their losses: refined, before refinement, of plain rounding, of zeros."""
         W = W[:, self.layout]
         Wt = W[:, self.order].T.contiguous()
         plain = fit_spans(W, self.span, self.grid.fit_minmax)
@@ -107,8 +107,13 @@ class _Stage:
             loss = (D * R).sum(0)
         stored = torch.empty_like(codes, dtype=torch.uint8)
         stored[self.layout[self.order]] = codes.to(torch.uint8)
+        return self._tensor(stored.T.contiguous(), params), (loss, loss_gptq, loss_rtn, energy)
+
+    def _tensor(self, codes, params):
+        if not isinstance(self.grid, AffineGrid):
+            return BlockTensor(codes, tuple(map(torch.stack, zip(*params, strict=True))), self.grid)
         scale, zero = (torch.stack(p, 1) for p in zip(*params, strict=True))
-        return stored.T.contiguous(), scale, zero, loss, loss_gptq, loss_rtn, energy
+        return QuantizedTensor(codes, scale, zero, self.g_idx, self.spec.bits, self.spec.group_size)
 
     def _round(self, Wt):
         """GPTQ proper: codes (I, O), every span's params, loss (O,)."""

@@ -14,6 +14,7 @@ from ptq import evaluate
 from ptq.checkpoint import open_checkpoint
 from ptq.export.gguf.writer import write_gguf
 from ptq.families.gguf import BY_MODEL_TYPE
+from ptq.load import load_model
 
 
 @pytest.fixture
@@ -75,3 +76,16 @@ def test_mistakes_are_one_line(folder, capsys):
     path.write_bytes(b"not a model")
     refused(capsys, evaluate, [path, "--text", windows], "another magic number")
     refused(capsys, evaluate, [folder / "absent.gguf", "--text", windows], "absent.gguf")
+
+
+def test_the_whole_model_runs_too(folder, capsys):
+    """What generation and tasks load; the tokenizer brings the chat template along."""
+    _, path = export(folder, "llama")
+    loaded = load_model(path, device="cpu")
+    tokens = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        logits = loaded.model(tokens).logits
+    source = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.allclose(logits, source(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert loaded.tokenizer("weight").input_ids == AutoTokenizer.from_pretrained(folder / "source")("weight").input_ids

@@ -124,6 +124,7 @@ def test_every_way_of_cutting(tmp_path, name):
     tokenizer = train(name, normalizer=normalizer, bos=name == "llama-bpe")
     path = write_model(tmp_path, tokenizer)
     assert GgufFile(path).metadata["tokenizer.ggml.pre"] == name
+    assert read_tokenizer(GgufFile(path)).chat_template is None
     assert_same(path, tokenizer, TRICKY + [f"{text} 12345 {text}" for text in TRICKY])
 
 
@@ -155,7 +156,9 @@ def test_sentencepiece_with_more_steps_is_refused(tmp_path, shared, change):
 def test_special_tokens_and_chat_template(tmp_path):
     tokenizer = train("gpt-2")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
-    metadata = GgufFile(write_model(tmp_path, tokenizer)).metadata
+    path = write_model(tmp_path, tokenizer)
+    metadata = GgufFile(path).metadata
+    assert read_tokenizer(GgufFile(path)).chat_template == "{{ messages }}"
     assert metadata["tokenizer.chat_template"] == "{{ messages }}"
     assert metadata["tokenizer.chat_template.tool"] == "{{ tools }}"
     assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (0, 1)

@@ -13,8 +13,13 @@ OWN = ("calibration", "ptq")
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.spec", "calibration"),
-    "ptq.evaluate": ("ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
+    "ptq.evaluate": (
+        "ptq.load", "ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
+    ),
+    "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
+    "ptq.continuation": ("ptq.load", "ptq.pipeline", "calibration"),
+    "ptq.load": ("ptq.pipeline", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.console": ("calibration",),
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.memory", "ptq.reload",
@@ -31,16 +36,16 @@ LAYERS = {
     "ptq.gguf": ("ptq.export.gguf", "ptq.families", "calibration"),
     "ptq.export": ("ptq.families", "ptq.qtensor", "calibration"),
     "ptq.quantizers": ("ptq.grids", "ptq.qtensor", "calibration"),
+    "ptq.qtensor": ("ptq.grids",),
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),
     "ptq.spec": ("calibration.errors",),
-    "ptq.qtensor": (),
     "ptq.clock": (),
     "ptq.memory": (),
     "ptq.demo": (),
     "calibration": (),
 }  # fmt: skip
-COMMANDS = ("ptq.quantize", "ptq.evaluate")
+COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate")
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
