@@ -1,4 +1,4 @@
-"""python -m ptq.evaluate: perplexity or task scores of a model folder, quantized or not, as the file stands."""
+"""python -m ptq.evaluate: perplexity or task scores of a model folder or GGUF file, quantized or not, as it stands."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ from ptq.evaluation.harness import Score, answer_store, document_tasks, load_tas
 from ptq.evaluation.perplexity import WINDOWS, measure_perplexity, prepare_windows
 from ptq.evaluation.tasks import PRESETS, choose_tasks
 from ptq.load import load_model
-from ptq.pipeline import choose_device, choose_dtype, default_budget, load_tokenizer, window_length
-from ptq.reload import open_weights
+from ptq.pipeline import choose_device, choose_dtype, default_budget, window_length
+from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
 
 PROTOCOLS = (*WINDOWS, "lm-eval")
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    p.add_argument("path", metavar="PATH", help="model folder or hub id")
+    p.add_argument("path", metavar="PATH", help="model folder, hub id or GGUF file")
     text = p.add_argument_group("perplexity")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--corpus", choices=list(CORPORA), default="wikitext2", help="held-out part of a corpus")
@@ -151,7 +151,7 @@ def _streamed(path, args) -> StreamedModel:
 def _held_out(args, model):
     """Windows (n, seqlen) and how many leading positions of each do not count."""
     source, folder, config = _source(args), model.checkpoint.folder, model.config
-    tokenizer = load_tokenizer(Path(folder), args.trust_remote_code)
+    tokenizer = open_tokenizer(model.checkpoint, trust_remote_code=args.trust_remote_code)
     if tokenizer is None and not is_token_file(source):
         raise InputError(f"{folder}: has no usable tokenizer; give --text a .npy file of ids")
     usual = min(WINDOWS[args.protocol], window_length(config, None))

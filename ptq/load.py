@@ -1,6 +1,6 @@
-"""A model folder, quantized or not, as a whole transformers model and its tokenizer.
+"""A model folder or GGUF file, quantized or not, as a whole transformers model and its tokenizer.
 
-This is where a new kind of artefact is taken in: `open_weights` gives its weights, `load_tokenizer` its tokenizer.
+This is where a new kind of artefact is taken in: `open_weights` gives its weights, `open_tokenizer` its tokenizer.
 Packed weights are dequantized on the way, so no kernels are needed and what runs is what the file says.
 """
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibration.errors import InputError
-from ptq.pipeline import choose_device, choose_dtype, load_tokenizer
-from ptq.reload import open_weights
+from ptq.pipeline import choose_device, choose_dtype
+from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
 
 
@@ -28,7 +28,7 @@ def load_model(path: str | Path, *, device="auto", dtype="auto", trust_remote_co
     """Loads an artefact whole.
 
     Args:
-        path: Model folder or hub id.
+        path: Model folder, hub id or GGUF file.
         device: As choose_device.
         dtype: As choose_dtype.
         trust_remote_code: Run Python code that the folder brings.
@@ -37,7 +37,7 @@ def load_model(path: str | Path, *, device="auto", dtype="auto", trust_remote_co
         InputError: As open_weights and StreamedModel, or there is no usable tokenizer.
     """
     weights = open_weights(path, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(weights.folder, trust_remote_code)
+    tokenizer = open_tokenizer(weights, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise InputError(f"{weights.folder}: has no usable tokenizer")
     place = choose_device(device)
