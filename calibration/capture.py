@@ -6,13 +6,14 @@ later with other weights: each linear then multiplies each token once, although 
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+from torch.func import functional_call
 
 from calibration.parking import ParkedStorages, Watcher, addresses
 
@@ -65,10 +66,19 @@ class replaced_blocks:
             del block.forward
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, arguments: tuple) -> torch.Tensor:
-    """The block's output hidden states; some blocks return them alone, some in a tuple."""
+def run_block(
+    block: nn.Module, hidden: torch.Tensor, arguments: tuple, weights: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The block's output hidden states; some blocks return them alone, some in a tuple.
+
+    Args:
+        block: The decoder block.
+        hidden: (batch, T, D) hidden states.
+        arguments: The block's other (args, kwargs).
+        weights: Stand in, for this call, for the block's parameters of these names; gradients flow into them.
+    """
     args, kwargs = arguments
-    out = block(hidden, *args, **kwargs)
+    out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.errors import InputError
+from calibration.errors import InputError, TrainingStopped
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
 from ptq.checkpoint import Checkpoint, open_checkpoint
 from ptq.clock import Clock
@@ -78,6 +78,7 @@ def quantize_model(
 
     Raises:
         InputError: Anything the user can mend; nothing is left behind.
+        TrainingStopped: A block's training broke off; finished blocks and its best state stay for resume.
         OSError: The disk failed; finished blocks stay in the work folder for resume.
     """
     clock, spec = Clock(), spec or QuantSpec()
@@ -107,6 +108,8 @@ def quantize_model(
     work = WorkFolder(out, job.identity, resume=resume)
     try:
         return Artefact(out, _run(job, work))
+    except TrainingStopped:
+        raise
     except InputError:
         work.discard()
         raise
@@ -156,7 +159,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         _write(folder, checkpoint, job.spec, work, blocks)
     with clock.phase("verify"):
         packed = GptqCheckpoint(open_checkpoint(folder))
-        verify(packed, checkpoint, per_linear)
+        verify(packed, checkpoint, per_linear, _changed(checkpoint, work, blocks))
     with clock.phase("perplexity"):
         perplexity = _measure(job, packed, work)
     verdicts = runtimes(job.spec, job.linears.values(), checkpoint.config["model_type"])
@@ -302,8 +305,21 @@ def _write(folder, checkpoint, spec, work, blocks):
     write_gptq(folder, checkpoint, spec, packed, lambda name: tensor_bytes(work.read(home[name], name)))
 
 
-def verify(packed: GptqCheckpoint, source: Checkpoint, per_linear: dict):
-    """Compares the written folder with what the walk used and, byte for byte, with the source.
+def _changed(checkpoint, work, blocks) -> dict:
+    """Readers of the checkpoint's own tensors that the method changed, by name."""
+    plain = set(checkpoint.names())
+    names = ((i, name) for i in range(blocks) for name, _, _ in work.layout(i) if name in plain)
+    return {name: lambda i=i, n=name: [bytes(tensor_bytes(work.read(i, n)))] for i, name in names}
+
+
+def verify(packed: GptqCheckpoint, source: Checkpoint, per_linear: dict, changed: dict):
+    """Compares the written folder with what the walk used and, byte for byte, other tensors with the source.
+
+    Args:
+        packed: The written folder.
+        source: The model that was quantized.
+        per_linear: Report entries of the quantized linears.
+        changed: Tensors that do not have the source's bytes: functions that give theirs, by name.
 
     Raises:
         OSError: They differ: the disk or the memory failed.
@@ -314,7 +330,8 @@ def verify(packed: GptqCheckpoint, source: Checkpoint, per_linear: dict):
     for name in source.names():
         if name.removesuffix(".weight") in per_linear:
             continue
-        for ours, theirs in zip(packed.packed.raw(name), source.raw(name), strict=True):
+        expected = changed[name]() if name in changed else source.raw(name)
+        for ours, theirs in zip(packed.packed.raw(name), expected, strict=True):
             if ours != theirs:
                 raise OSError(f"{packed.folder}: {name} reads back different from what was written")
 

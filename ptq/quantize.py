@@ -6,7 +6,7 @@ from pathlib import Path
 from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec
+from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -38,22 +38,31 @@ def parser() -> argparse.ArgumentParser:
         "2 bits take 2.14 bits per weight at 128, 2.28 at 64, 2.56 at 32 (default: 128)",
     )
     sym = grid.add_mutually_exclusive_group()
-    sym.add_argument("--sym", action="store_true", default=defaults.sym,
-                     help="zero in the middle of the grid; what fast kernels want (default)")  # fmt: skip
-    sym.add_argument("--asym", dest="sym", action="store_false", help="a zero point per group")
+    sym.add_argument("--sym", action="store_true", default=None,
+                     help="zero in the middle of the grid; what fast kernels want\n"
+                     "(default, except for omniquant)")  # fmt: skip
+    sym.add_argument("--asym", dest="sym", action="store_false", default=None, help="a zero point per group")
     grid.add_argument("--format", choices=CHECKPOINT_FORMATS, default=defaults.checkpoint_format,
                       help="gptq: what every GPTQ loader reads (default)\n"
                       "gptq_v2: stores zero points as they are")  # fmt: skip
     how = p.add_argument_group("method: how a weight's value is chosen")
     how.add_argument("--method", choices=METHODS, default=defaults.method,
                      help="gptq: by the Hessian of calibration text (default)\n"
-                     "rtn: round to nearest, no text")  # fmt: skip
+                     "rtn: round to nearest, no text\n"
+                     "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
                        "a shuffled g_idx, slow in some runtimes")  # fmt: skip
     order.add_argument("--no-act-order", action="store_true",
                        help="visit columns as they come. Default: activation order, groups left in place")  # fmt: skip
+    how.add_argument("--epochs", type=int, help="omniquant: passes over the text per block (default: 20, 40 at 2 bits)")
+    how.add_argument("--aug-loss", action=argparse.BooleanOptionalAction,
+                     help="omniquant: aim also at the original block's\noutput on quantized inputs"
+                     " (default: at 2 bits)")  # fmt: skip
+    how.add_argument("--let", action=argparse.BooleanOptionalAction, default=defaults.let,
+                     help="omniquant: also train scales of channels, folded\n"
+                     "into neighbouring weights (default: off)")  # fmt: skip
     text = p.add_argument_group("calibration text")
     text.add_argument("--calibration", metavar="NAME|FILE",
                       help="corpus (" + ", ".join(CORPORA) + ")\nor .txt, .jsonl, .parquet, or .npy token rows"
@@ -79,11 +88,15 @@ def main(argv=None):
 
 
 def _quantize(args):
+    chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    recipe = omniquant_recipe(args.bits) if args.method == "omniquant" else {}
     spec = QuantSpec(
         bits=args.bits,
         group_size=args.group,
         method=args.method,
-        sym=args.sym,
+        let=args.let,
+        **(recipe | chosen),
         column_order="natural" if args.no_act_order else "activation",
         desc_act=args.act_order,
         checkpoint_format=args.format,

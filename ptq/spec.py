@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from calibration.errors import InputError
 
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn", "omniquant")
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 COLUMN_ORDERS = ("activation", "natural")
 
@@ -16,7 +16,8 @@ class QuantSpec:
     Attributes:
         bits: Width of a code, 1 to 8.
         group_size: Input columns that share a scale; -1 for one group per row. The last group of a row may be shorter.
-        method: "gptq" (Hessian-based) or "rtn" (round to nearest, no calibration).
+        method: "gptq" (Hessian-based), "rtn" (round to nearest, no calibration) or "omniquant" (clipping trained
+            block by block).
         sym: Zero point fixed in the middle of the code range. The scale may then be negative, so that either tail
             can hold the extra level.
         column_order: Order in which GPTQ visits columns: "activation" (largest Hessian diagonal first, groups stay
@@ -29,6 +30,13 @@ class QuantSpec:
             above 0 a second, full-precision stream of activations is carried along.
         checkpoint_format: "gptq" (v1, stores zero-1) or "gptq_v2" (stores zero).
         seed: Draws the calibration windows and the order of refinement sweeps.
+        epochs: OmniQuant: passes over the calibration rows in each block; 0 leaves clipping where it starts.
+        train_rows: OmniQuant: calibration rows of a training step.
+        lwc_lr: OmniQuant: learning rate of the clipping.
+        aug_loss: OmniQuant: aim also at the full-precision block's output on the quantized stream's inputs.
+        let: OmniQuant: also learn scales of channels that fold into neighbouring weights.
+        let_lr: OmniQuant: learning rate of those.
+        let_shift: OmniQuant: also learn shifts of channels, where there are biases to hold them.
     """
 
     bits: int = 2
@@ -43,6 +51,13 @@ class QuantSpec:
     correction: float = 1.0
     checkpoint_format: str = "gptq"
     seed: int = 0
+    epochs: int = 20
+    train_rows: int = 1
+    lwc_lr: float = 1e-2
+    aug_loss: bool = False
+    let: bool = False
+    let_lr: float = 5e-3
+    let_shift: bool = False
 
     def __post_init__(self):
         rules = (
@@ -69,10 +84,25 @@ class QuantSpec:
                 self.checkpoint_format in CHECKPOINT_FORMATS,
                 f"format {self.checkpoint_format!r} is not one of {', '.join(CHECKPOINT_FORMATS)}",
             ),
+            (not self.trains or self.bits > 1, "omniquant needs 2 bits or more: one bit has no range to clip"),
+            (
+                not self.trains or not self.desc_act,
+                "desc_act forms groups along the activation order, which omniquant does not know",
+            ),
+            (self.epochs >= 0, f"epochs {self.epochs} is negative"),
+            (self.train_rows > 0, f"train_rows {self.train_rows} is not positive"),
+            (self.lwc_lr > 0, f"lwc_lr {self.lwc_lr} is not positive"),
+            (self.let_lr > 0, f"let_lr {self.let_lr} is not positive"),
+            (self.let or not self.let_shift, "let_shift needs let"),
         )
         for holds, message in rules:
             if not holds:
                 raise InputError(message)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains whole blocks on stored activations."""
+        return self.method == "omniquant"
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns of a whole group in a row of `in_features` columns."""
@@ -81,3 +111,8 @@ class QuantSpec:
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+def omniquant_recipe(bits: int) -> dict:
+    """The settings of OmniQuant's own weight-only recipes for Llama: asymmetric, and twice the epochs at 2 bits."""
+    return {"sym": False, "epochs": 40 if bits == 2 else 20, "aug_loss": bits == 2}

@@ -77,6 +77,10 @@ class StreamedModel:
         """A linear's full name in the checkpoint, without ".weight"."""
         return self._keys[f"{self.block_name(i)}.{name}.weight"].removesuffix(".weight")
 
+    def stored_key(self, i: int, parameter: str) -> str:
+        """Full name in the checkpoint of a parameter of block i."""
+        return self._keys[f"{self.block_name(i)}.{parameter}"]
+
     @contextmanager
     def outside(self, *, head: bool) -> Iterator[None]:
         """What is not in blocks, with its weights: without the output head, or with it and without the embedding.

@@ -4,6 +4,8 @@ Two streams of activations go through a block, halted before each stage: the qua
 for errors that arrive from earlier layers, the full-precision one. The block has one set of weights: the full-precision
 stream runs ahead through a stage with the original weights, then the stage's quantized weights are written and the
 quantized stream follows. Each linear multiplies each token once in each stream.
+
+Methods that train whole blocks (blockwise.py) take the place of the stages; saving, resuming and streams are the same.
 """
 
 import hashlib
@@ -14,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from calibration.capture import SuspendedForwards, run_block
-from calibration.errors import InputError
+from calibration.errors import InputError, TrainingStopped
 from calibration.hessian import Hessian
 from calibration.store import ActivationStore
+from ptq.blockwise import BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
@@ -71,6 +74,7 @@ class Walk:
 
         Raises:
             InputError: Weights or activations are not finite, or a Hessian cannot be factored.
+            TrainingStopped: The loss of a block is not finite; the block is saved at its best state.
         """
         blocks = range(len(self.model.blocks))
         todo = [i for i in blocks if not self.work.has_block(i)]
@@ -92,16 +96,18 @@ class Walk:
                 tensors, report = self._solve_block(i, streams)
                 with self.clock.phase("write"):
                     self.work.save_block(i, tensors, report)
+            self._stop_if_diverged(i, report)
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
     def _open_streams(self, tokens):
         spill = self.work.folder / "activations"
         share = self.budget and self.budget // 4
         quantized = ActivationStore(spill / "quantized", share)
-        full = ActivationStore(spill / "full", share) if self.spec.correction > 0 else None
-        streams, by_rows = Streams(quantized, full), {}
+        two = self.spec.trains or self.spec.correction > 0
+        streams, by_rows = Streams(quantized, ActivationStore(spill / "full", share) if two else None), {}
+        rows = self.spec.train_rows if self.spec.trains else max(1, BATCH_TOKENS // tokens.shape[1])
         with self.model.outside(head=False):
-            for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            for batch in tokens.split(rows):
                 hidden, arguments = self.model.embed(batch)
                 streams.arguments.append(by_rows.setdefault(len(batch), arguments))
                 for store in streams:
@@ -114,6 +120,10 @@ class Walk:
         packed = self.work.load_block(i)
         for store in reversed(list(streams)):  # the full-precision one first, while the weights are the original
             if store is streams.quantized:
+                for name, parameter in block.named_parameters():
+                    key = self.model.stored_key(i, name)
+                    if key in packed:
+                        parameter.copy_(packed.pop(key))
                 for name in self.model.family.linears:
                     prefix = self.model.stored_name(i, name) + "."
                     parts = {key.removeprefix(prefix): part for key, part in packed.items() if key.startswith(prefix)}
@@ -130,6 +140,8 @@ class Walk:
             for stage in stages:
                 self._keep(i, stage, self._round_stage(i, stage), tensors, report)
             return tensors, report
+        if self.spec.trains:
+            return self._train_block(i, streams)
         with ExitStack() as open_forwards:
             quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
             self._run_ahead(full, streams.full)
@@ -142,6 +154,34 @@ class Walk:
                 self._keep(i, stage, solved, tensors, report)
             self._run_ahead([quantized], streams.quantized)
         return tensors, report
+
+    def _train_block(self, i, streams):
+        """The same for methods that train a block as a whole."""
+        spill, share = self.work.folder / "activations" / "targets", self.budget and self.budget // 4
+        training = BlockTraining(self.model, i, streams, self.spec, ActivationStore(spill, share))
+        with self.clock.phase("forward"):
+            training.prepare()
+        with self.clock.phase("solve"):
+            trained = training.train()
+        tensors, report = {}, {}
+        for name, values in trained.changed.items():
+            self.model.blocks[i].get_parameter(name).copy_(values)
+            tensors[self.model.stored_key(i, name)] = values.cpu()
+        entry = {"stopped": trained.stopped} if trained.stopped else {}
+        solved = [(trained.quantized[name], entry) for name in self.model.family.linears]
+        self._keep(i, self.model.family.linears, solved, tensors, report)
+        with self.clock.phase("forward"):
+            reached = training.advance()
+        return tensors, {name: reached | entry for name, entry in report.items()}
+
+    def _stop_if_diverged(self, i, report):
+        """Ends the run after a block whose training broke off: whoever resumes accepts its best state."""
+        stopped = next((entry["stopped"] for entry in report.values() if "stopped" in entry), None)
+        if stopped:
+            raise TrainingStopped(
+                f"{self.model.block_name(i)}: {stopped}; its best state is kept and --resume goes on from there,"
+                " or start again with a smaller learning rate"
+            )
 
     def _check_range(self, i):
         """Refuses weights that no fp16 scale reaches."""

@@ -1,4 +1,7 @@
-"""A GPTQ checkpoint folder: packed linears, every other tensor byte for byte, and the files that make it loadable."""
+"""A GPTQ checkpoint folder: packed linears, other tensors as they were (or as the method left them), and companions.
+
+The companions are the files beside the weights that make the folder loadable.
+"""
 
 import json
 import shutil
@@ -50,17 +53,24 @@ def write_gptq(
         folder: Existing and empty.
         checkpoint: The source model: names(), dtype(), shape(), raw(), config, folder.
         spec: QuantSpec.
-        packed: (name, dtype, shape) of every packed tensor, in the order of the linears.
+        packed: (name, dtype, shape) of every packed tensor, in the order of the linears; a tensor of the checkpoint's
+            own name takes its place.
         read: Name of a packed tensor to its bytes.
     """
-    by_linear: dict[str, list[Entry]] = {}
+    plain, changed, by_linear = checkpoint.names(), {}, {}
     for name, dtype, shape in packed:
-        by_linear.setdefault(name.rpartition(".")[0], []).append(Entry(name, dtype, shape, lambda n=name: read(n)))
+        entry = Entry(name, dtype, shape, lambda n=name: read(n))
+        if name in plain:
+            changed[name] = entry
+        else:
+            by_linear.setdefault(name.rpartition(".")[0], []).append(entry)
     entries = []
-    for key in checkpoint.names():
+    for key in plain:
         linear, _, leaf = key.rpartition(".")
         if leaf == "weight" and linear in by_linear:
             entries += by_linear.pop(linear)
+        elif key in changed:
+            entries.append(changed[key])
         else:
             entries.append(Entry(key, checkpoint.dtype(key), checkpoint.shape(key), lambda k=key: checkpoint.raw(k)))
     assert not by_linear, f"not in the source checkpoint: {list(by_linear)[:3]}"

@@ -3,7 +3,7 @@
 The two halves therefore never share a tensor and stay separate stages, with or without the parallel residual.
 """
 
-from ptq.families.family import ModelFamily
+from ptq.families.family import Fold, ModelFamily
 
 GPT_NEOX = ModelFamily(
     name="gpt_neox",
@@ -16,4 +16,8 @@ GPT_NEOX = ModelFamily(
         ("mlp.dense_4h_to_h",),
     ),
     renamed=(("lm_head.", "embed_out."),),
+    folds=(
+        Fold("input_layernorm", ("attention.query_key_value",)),
+        Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    ),
 )

@@ -27,8 +27,10 @@ LAYERS = {
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
-        "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration",
+        "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
+        "calibration",
     ),
+    "ptq.blockwise": ("ptq.export.shards", "ptq.quantizers", "calibration"),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),
     "ptq.streamed": ("ptq.families", "calibration"),
     "ptq.workdir": ("ptq.export.shards", "calibration"),
