@@ -4,8 +4,8 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from calibration.errors import InputError
+from ptq.defaults import context_length
 from ptq.load import LoadedModel
-from ptq.pipeline import context_length
 
 NEW_TOKENS = 128
 

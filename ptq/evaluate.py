@@ -10,12 +10,12 @@ from calibration.corpora import CORPORA, load_documents
 from calibration.errors import InputError
 from calibration.tokens import heldout_tokens, is_token_file, leading_special_tokens
 from ptq.console import run_command, table
+from ptq.defaults import choose_device, choose_dtype, default_budget, window_length
 from ptq.evaluation.divergence import measure_divergence
 from ptq.evaluation.harness import Score, answer_store, document_tasks, load_tasks, preset_average, run_tasks
 from ptq.evaluation.perplexity import WINDOWS, measure_perplexity, prepare_windows
 from ptq.evaluation.tasks import PRESETS, choose_tasks
 from ptq.load import load_model
-from ptq.pipeline import choose_device, choose_dtype, default_budget, window_length
 from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibration.errors import InputError
-from ptq.pipeline import choose_device, choose_dtype
+from ptq.defaults import choose_device, choose_dtype
 from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
 

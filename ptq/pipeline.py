@@ -14,25 +14,22 @@ import torch
 
 from calibration.errors import InputError, TrainingStopped
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
-from ptq.checkpoint import Checkpoint, open_checkpoint
+from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
+from ptq.defaults import choose_device, choose_dtype, default_budget, window_length
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
-from ptq.export.gptq import check_bits, check_packable, write_gptq
-from ptq.export.gptq_tensors import GptqCodec
-from ptq.export.runtimes import runtimes
-from ptq.export.shards import tensor_bytes
+from ptq.formats import GgufFormat, GptqFormat, format_of
 from ptq.memory import peak_memory
-from ptq.reload import GptqCheckpoint, load_tokenizer
+from ptq.reload import load_tokenizer
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.walk import BATCH_TOKENS, Walk, digest
+from ptq.walk import BATCH_TOKENS, Walk
 from ptq.workdir import WorkFolder, work_folder
 
 VERSION = "0.1.0"
 REPORT = "ptq_report.json"
 HELDOUT_TOKENS = 32768  # of the before-and-after figures; ptq.evaluate reads whole texts
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -82,18 +79,19 @@ def quantize_model(
         OSError: The disk failed; finished blocks stay in the work folder for resume.
     """
     clock, spec = Clock(), spec or QuantSpec()
-    check_bits(spec.bits)
+    kind = format_of(spec)
     is_demo = model is None
     checkpoint = open_checkpoint(DEMO if is_demo else model, trust_remote_code=trust_remote_code)
     if checkpoint.quantization_config is not None:
         raise InputError(f"{checkpoint.folder}: is quantized already; quantize the full-precision model")
-    out = Path(out) if out else Path("quantized") / default_name(checkpoint.folder.resolve().name, spec)
+    out = Path(out) if out else Path("quantized") / kind.name(checkpoint.folder.resolve().name)
     if os.path.lexists(out) and not resume:
         raise InputError(f"{out}: exists already; choose another --out or delete it")
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device, checkpoint.config)
     streamed = StreamedModel(checkpoint, dtype=torch_dtype, device=torch_device, trust_remote_code=trust_remote_code)
-    linears = _linears(streamed, spec)
+    linears = _linears(streamed)
+    kind.check(streamed, linears)
     with clock.phase("calibration"):
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
         calibration = calibration or ("stdlib" if is_demo else "c4")
@@ -102,7 +100,7 @@ def quantize_model(
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
-    job = _Job(streamed, spec, linears, drawn, text, windows, clock, budget)
+    job = _Job(streamed, spec, kind, linears, drawn, text, windows, clock, budget)
     if os.path.lexists(out):
         return _finished_before(out, job.identity)
     work = WorkFolder(out, job.identity, resume=resume)
@@ -126,6 +124,7 @@ class _Job:
 
     streamed: StreamedModel
     spec: QuantSpec
+    kind: GptqFormat | GgufFormat
     linears: dict[str, tuple[int, int]]
     drawn: CalibrationSet | None
     text: str | None
@@ -149,27 +148,26 @@ class _Job:
 
 def _run(job: _Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
-    checkpoint, clock, blocks = job.streamed.checkpoint, job.clock, len(job.streamed.blocks)
-    codec = GptqCodec(job.spec.bits, job.spec.group_size, job.spec.checkpoint_format)
-    walk = Walk(job.streamed, job.spec, codec, work, clock, budget=job.budget)
+    streamed, kind, clock = job.streamed, job.kind, job.clock
+    walk = Walk(streamed, job.spec, kind.codec, work, clock, budget=job.budget)
     walk.run(job.drawn and job.drawn.tokens)
-    per_linear = {name: entry for i in range(blocks) for name, entry in work.report(i).items()}
+    per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
-        _write(folder, checkpoint, job.spec, work, blocks)
+        kind.write(folder, streamed, work)
     with clock.phase("verify"):
-        packed = GptqCheckpoint(open_checkpoint(folder))
-        verify(packed, checkpoint, per_linear, _changed(checkpoint, work, blocks))
+        packed = kind.open(folder)
+        kind.verify(packed, streamed, work, per_linear)
     with clock.phase("perplexity"):
         perplexity = _measure(job, packed, work)
-    verdicts = runtimes(job.spec, job.linears.values(), checkpoint.config["model_type"])
+    verdicts = kind.runtimes(job.linears, streamed.checkpoint.config["model_type"])
     report = {
         "identity": job.identity,
-        "model": checkpoint.folder.resolve().name,
+        "model": streamed.checkpoint.folder.resolve().name,
         "perplexity": perplexity,
-        **_sizes(checkpoint, packed, job.linears),
+        **_sizes(job, kind.sizes(packed, job.linears)),
         "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
-        "peak_memory_bytes": peak_memory(job.streamed.device),
+        "peak_memory_bytes": peak_memory(streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
         "linears": per_linear,
@@ -179,80 +177,28 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     return report
 
 
-def default_name(model: str, spec: QuantSpec) -> str:
-    """<model>-w<bits>g<group>-<method>, without the g part for one group per row."""
-    group = "" if spec.group_size == -1 else f"g{spec.group_size}"
-    return f"{model}-w{spec.bits}{group}-{spec.method}"
+def _sizes(job, after) -> dict:
+    """Bits per weight and bytes of files, before and after."""
+    source = job.streamed.checkpoint
+    weights = sum(math.prod(source.shape(name)) for name in source.names())
+    in_linears = sum(outputs * inputs for outputs, inputs in job.linears.values())
+    return {
+        "parameters": weights,
+        "bits_per_weight": {
+            "before": 8 * sum(source.nbytes(name) for name in source.names()) / weights,
+            "after": 8 * after["tensors"] / weights,
+            "linears": 8 * after["linears"] / in_linears,
+        },
+        "file_bytes": {"before": sum(path.stat().st_size for path in source.shards), "after": after["files"]},
+    }
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by name; "auto" takes the first GPU if there is one.
-
-    Raises:
-        InputError: The name is none, or the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
-    """The dtype to compute in.
-
-    Raises:
-        InputError: The name is none.
-    """
-    if name == "auto":
-        stored = config.get("dtype") or config.get("torch_dtype")
-        return DTYPES.get(stored, torch.float32) if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def default_budget() -> int:
-    """Bytes of activations to keep in memory unless told otherwise: two fifths of what the machine has."""
-    return int(0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def context_length(config) -> int | None:
-    """Positions the model was made for, if its config says so."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def window_length(config, seqlen: int | None) -> int:
-    """The seqlen asked for, or the model's context up to 2048.
-
-    Raises:
-        InputError: It is longer than the context.
-    """
-    context = context_length(config)
-    if seqlen is None:
-        return min(2048, context or 2048)
-    if context is not None and seqlen > context:
-        raise InputError(f"seqlen {seqlen} is longer than the model's context of {context} positions")
-    return seqlen
-
-
-def _linears(streamed, spec) -> dict[str, tuple[int, int]]:
-    """(O, I) of every linear that will be quantized, each checked against the format."""
+def _linears(streamed) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear that will be quantized, by its name in the checkpoint."""
     shapes = {}
     for i in range(len(streamed.blocks)):
         for name in streamed.family.linears:
-            full = streamed.stored_name(i, name)
-            shapes[full] = tuple(streamed.weight(i, name).shape)
-            check_packable(full, *shapes[full])
-    shortest = min(inputs for _, inputs in shapes.values())
-    if spec.group_size > shortest:
-        raise InputError(f"group {spec.group_size} is longer than the {shortest} inputs of a linear; use --group -1")
+            shapes[streamed.stored_name(i, name)] = tuple(streamed.weight(i, name).shape)
     return shapes
 
 
@@ -299,43 +245,6 @@ def _finished_before(out, identity) -> Artefact:
     return Artefact(out, known)
 
 
-def _write(folder, checkpoint, spec, work, blocks):
-    home = {name: i for i in range(blocks) for name, _, _ in work.layout(i)}
-    packed = [part for i in range(blocks) for part in work.layout(i)]
-    write_gptq(folder, checkpoint, spec, packed, lambda name: tensor_bytes(work.read(home[name], name)))
-
-
-def _changed(checkpoint, work, blocks) -> dict:
-    """Readers of the checkpoint's own tensors that the method changed, by name."""
-    plain = set(checkpoint.names())
-    names = ((i, name) for i in range(blocks) for name, _, _ in work.layout(i) if name in plain)
-    return {name: lambda i=i, n=name: [bytes(tensor_bytes(work.read(i, n)))] for i, name in names}
-
-
-def verify(packed: GptqCheckpoint, source: Checkpoint, per_linear: dict, changed: dict):
-    """Compares the written folder with what the walk used and, byte for byte, other tensors with the source.
-
-    Args:
-        packed: The written folder.
-        source: The model that was quantized.
-        per_linear: Report entries of the quantized linears.
-        changed: Tensors that do not have the source's bytes: functions that give theirs, by name.
-
-    Raises:
-        OSError: They differ: the disk or the memory failed.
-    """
-    for linear, entry in per_linear.items():
-        if digest(packed.quantized(linear).dequantize()) != entry["sha256"]:
-            raise OSError(f"{packed.folder}: {linear} reads back different from what was written")
-    for name in source.names():
-        if name.removesuffix(".weight") in per_linear:
-            continue
-        expected = changed[name]() if name in changed else source.raw(name)
-        for ours, theirs in zip(packed.packed.raw(name), expected, strict=True):
-            if ours != theirs:
-                raise OSError(f"{packed.folder}: {name} reads back different from what was written")
-
-
 def _measure(job, packed, work):
     if job.windows is None:
         return None
@@ -344,23 +253,3 @@ def _measure(job, packed, work):
         for model, label in ((job.streamed, "before"), (job.streamed.with_weights(packed), "after"))
     )
     return {"text": job.text, "before": before.as_dict(), "after": after.as_dict()}
-
-
-def _sizes(checkpoint, packed, linears):
-    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    in_linears = sum(outputs * inputs for outputs, inputs in linears.values())
-    parts = [f"{linear}.{part}" for linear in linears for part in ("qweight", "qzeros", "scales")]
-    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    after = sum(packed.packed.nbytes(name) for name in packed.packed.names())
-    return {
-        "parameters": weights,
-        "bits_per_weight": {
-            "before": 8 * before / weights,
-            "after": 8 * after / weights,
-            "linears": 8 * sum(packed.packed.nbytes(name) for name in parts) / in_linears,
-        },
-        "file_bytes": {
-            "before": sum(path.stat().st_size for path in checkpoint.shards),
-            "after": sum(path.stat().st_size for path in packed.packed.shards),
-        },
-    }

@@ -3,12 +3,15 @@
 Legend: O outputs, I inputs, G groups, S spans.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ptq.grids.grid import BlockGrid, Params
+
+MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,12 @@ class BlockTensor:
         """Several linears that differ in their outputs alone, as one."""
         params = tuple(torch.cat(p, -1) for p in zip(*(part.params for part in parts), strict=True))
         return replace(parts[0], codes=torch.cat([part.codes for part in parts]), params=params)
+
+
+def digest(values: torch.Tensor) -> str:
+    """Sha256 of fp32 values row by row; -0 counts as 0, since a mirrored grid may hold either."""
+    sha = hashlib.sha256()
+    step = max(1, MEBIBYTE // max(1, values.shape[1]))
+    for rows in values.split(step):
+        sha.update((rows + 0.0).contiguous().cpu().numpy().data)
+    return sha.hexdigest()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
+from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.pipeline import Artefact, quantize_model
 from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
 
@@ -44,7 +45,16 @@ def parser() -> argparse.ArgumentParser:
     sym.add_argument("--asym", dest="sym", action="store_false", default=None, help="a zero point per group")
     grid.add_argument("--format", choices=CHECKPOINT_FORMATS, default=defaults.checkpoint_format,
                       help="gptq: what every GPTQ loader reads (default)\n"
-                      "gptq_v2: stores zero points as they are")  # fmt: skip
+                      "gptq_v2: stores zero points as they are\n"
+                      "gguf: one file for llama.cpp, Ollama and LM Studio; --type chooses the grid")  # fmt: skip
+    grid.add_argument("--type", type=str.upper, metavar="TYPE",
+                      help="gguf: " + " ".join(BLOCK_GRIDS) + "\n(default: by --bits: Q1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
+    grid.add_argument("--embed-type", type=str.upper, metavar="TYPE",
+                      help="gguf: type of the token embedding, also F16, BF16, F32 (default: Q6_K)")  # fmt: skip
+    grid.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name, where it is not recognised")
+    grid.add_argument(
+        "--head-type", type=str.upper, metavar="TYPE", help="gguf: type of a separate head (default: Q6_K)"
+    )
     how = p.add_argument_group("method: how a weight's value is chosen")
     how.add_argument("--method", choices=METHODS, default=defaults.method,
                      help="gptq: by the Hessian of calibration text (default)\n"
@@ -100,6 +110,10 @@ def _quantize(args):
         column_order="natural" if args.no_act_order else "activation",
         desc_act=args.act_order,
         checkpoint_format=args.format,
+        ggml_type=args.type,
+        embed_type=args.embed_type,
+        head_type=args.head_type,
+        pre_tokenizer=args.pre_tokenizer,
         seed=args.seed,
     )
     artefact = quantize_model(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from calibration.errors import InputError
 
 METHODS = ("gptq", "rtn", "omniquant")
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gguf")
 COLUMN_ORDERS = ("activation", "natural")
 
 
@@ -28,7 +28,12 @@ class QuantSpec:
         refine_rounds: Rounds of refinement after GPTQ: each group its best scale, then its codes one by one.
         correction: Share of the error that arrives from earlier layers which each solve tries to undo, 0 to 1;
             above 0 a second, full-precision stream of activations is carried along.
-        checkpoint_format: "gptq" (v1, stores zero-1) or "gptq_v2" (stores zero).
+        checkpoint_format: "gptq" (v1, stores zero-1), "gptq_v2" (stores zero) or "gguf" (llama.cpp's files).
+        ggml_type: GGUF: llama.cpp's type of the linears; None for the usual one of `bits`. It decides the grid:
+            bits, group_size and sym are not used.
+        embed_type: GGUF: type of the token embedding; None for Q6_K, or Q8_0 where rows do not fill its blocks.
+        head_type: GGUF: the same for a separate output head.
+        pre_tokenizer: GGUF: llama.cpp's name of the tokenizer's first step; None to recognise it.
         seed: Draws the calibration windows and the order of refinement sweeps.
         epochs: OmniQuant: passes over the calibration rows in each block; 0 leaves clipping where it starts.
         train_rows: OmniQuant: calibration rows of a training step.
@@ -50,6 +55,10 @@ class QuantSpec:
     refine_rounds: int = 8
     correction: float = 1.0
     checkpoint_format: str = "gptq"
+    ggml_type: str | None = None
+    embed_type: str | None = None
+    head_type: str | None = None
+    pre_tokenizer: str | None = None
     seed: int = 0
     epochs: int = 20
     train_rows: int = 1
@@ -88,6 +97,14 @@ class QuantSpec:
             (
                 not self.trains or not self.desc_act,
                 "desc_act forms groups along the activation order, which omniquant does not know",
+            ),
+            (
+                self.checkpoint_format == "gguf" or not (self.ggml_type or self.embed_type or self.head_type),
+                f"types are llama.cpp's: they need format gguf, not {self.checkpoint_format}",
+            ),
+            (
+                self.checkpoint_format != "gguf" or not self.desc_act,
+                "desc_act forms groups along the activation order; GGUF files have no place for it",
             ),
             (self.epochs >= 0, f"epochs {self.epochs} is negative"),
             (self.train_rows > 0, f"train_rows {self.train_rows} is not positive"),

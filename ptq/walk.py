@@ -8,7 +8,6 @@ quantized stream follows. Each linear multiplies each token once in each stream.
 Methods that train whole blocks (blockwise.py) take the place of the stages; saving, resuming and streams are the same.
 """
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -23,13 +22,13 @@ from ptq.blockwise import BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
+from ptq.qtensor import digest
 from ptq.quantizers.gptq import gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 2048  # part of what decides the result to the last bit: sums run over batches
-MEBIBYTE = 1 << 20
 
 
 @dataclass
@@ -237,8 +236,9 @@ class Walk:
         """(QuantizedTensor, report entry) of each linear of a stage."""
         with self.clock.phase("solve"):
             weights = [self.model.weight(i, name) for name in stage]
+            grid = self.codec.grid(weights[0].shape[1])
             try:
-                solution = gptq(weights, H, self.spec, G=G, seed=self.spec.seed + salt)
+                solution = gptq(weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt)
             except InputError as error:
                 raise InputError(f"{self.model.stored_name(i, stage[0])}: {error}") from None
             solved, start = [], 0
@@ -261,7 +261,7 @@ class Walk:
         with self.clock.phase("solve"):
             for name in stage:
                 W = self.model.weight(i, name).float()
-                qt = rtn(W, self.spec)
+                qt = rtn(W, self.spec, self.codec.grid(W.shape[1]))
                 error = float((qt.dequantize() - W).square().sum() / W.square().sum().clamp(min=1e-30))
                 solved.append((qt, {"error": error, "error_rtn": error}))
         return solved
@@ -275,12 +275,3 @@ class Walk:
             with self.clock.phase("pack"):
                 for part, tensor in self.codec.pack(qt).items():
                     tensors[f"{linear}.{part}"] = tensor.cpu()
-
-
-def digest(values: torch.Tensor) -> str:
-    """Sha256 of fp32 values row by row; -0 counts as 0, since a mirrored grid may hold either."""
-    sha = hashlib.sha256()
-    step = max(1, MEBIBYTE // max(1, values.shape[1]))
-    for rows in values.split(step):
-        sha.update((rows + 0.0).contiguous().cpu().numpy().data)
-    return sha.hexdigest()

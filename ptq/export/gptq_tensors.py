@@ -42,6 +42,9 @@ class GptqCodec:
     group_size: int
     checkpoint_format: str
 
+    def grid(self, inputs: int) -> None:
+        """The uniform groups that the spec names: no grid of its own."""
+
     def pack(self, qt: QuantizedTensor) -> dict[str, torch.Tensor]:
         """The four tensors of a linear."""
         return to_gptq(qt, self.checkpoint_format)

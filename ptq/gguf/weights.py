@@ -50,6 +50,10 @@ class GgufCheckpoint:
         """Tensor names as in the full-precision checkpoint."""
         return list(self._stored)
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._stored[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor in the full-precision checkpoint."""
         shape = self.file.tensors[self._stored[name]].shape

@@ -12,23 +12,27 @@ OWN = ("calibration", "ptq")
 # What a module, or any module of a package, may import of our own besides its siblings. Top to bottom: nothing may
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
-    "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.spec", "calibration"),
+    "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.spec", "calibration"),
     "ptq.evaluate": (
-        "ptq.load", "ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
+        "ptq.load", "ptq.defaults", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
     ),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
-    "ptq.continuation": ("ptq.load", "ptq.pipeline", "calibration"),
-    "ptq.load": ("ptq.pipeline", "ptq.reload", "ptq.streamed", "calibration"),
+    "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
+    "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.console": ("calibration",),
     "ptq.pipeline": (
-        "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.memory", "ptq.reload",
-        "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats", "ptq.memory",
+        "ptq.reload", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+    ),
+    "ptq.formats": (
+        "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.qtensor", "ptq.quantizers", "ptq.reload",
+        "calibration",
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
-        "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
-        "calibration",
+        "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
+        "ptq.workdir", "calibration",
     ),
     "ptq.blockwise": ("ptq.export.shards", "ptq.quantizers", "calibration"),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),
@@ -42,6 +46,7 @@ LAYERS = {
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),
     "ptq.spec": ("calibration.errors",),
+    "ptq.defaults": ("calibration.errors",),
     "ptq.clock": (),
     "ptq.memory": (),
     "ptq.demo": (),

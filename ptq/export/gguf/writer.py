@@ -52,12 +52,8 @@ def write_gguf(
         OSError: The disk is full or the path cannot be written.
     """
     tensors = list(Layout(checkpoint, config, float_type).tensors(encoded))
-    writer = gguf.GGUFWriter(None, architecture_of(config).name)
-    _add_general(writer, Path(checkpoint.folder), tensors)
-    _add_values(writer, to_metadata(config))
-    add_vocabulary(writer, tokenizer, config, pre_tokenizer=pre_tokenizer)
+    writer = _described(checkpoint, tensors, config, tokenizer, pre_tokenizer)
     _add_values(writer, extra or {})
-    _check_name(writer)
     aside = path.with_name(path.name + ".partial")
     try:
         _write(writer, aside, tensors)
@@ -70,6 +66,24 @@ def write_gguf(
         os.fsync(file.fileno())
     os.replace(aside, path)
     sync_folder(path.parent)
+
+
+def check_writable(checkpoint, *, config, tokenizer, float_type: str = "F16", pre_tokenizer: str | None = None):
+    """Refuses, before any work is done, what write_gguf would refuse; arguments as there."""
+    tensors = list(Layout(checkpoint, config, float_type).tensors({}))
+    _described(checkpoint, tensors, config, tokenizer, pre_tokenizer).close()
+
+
+def _described(checkpoint, tensors, config, tokenizer, pre_tokenizer) -> gguf.GGUFWriter:
+    """A writer that holds all metadata."""
+    if tokenizer is None:
+        raise InputError(f"{checkpoint.folder}: has no usable tokenizer, and a GGUF file carries its own")
+    writer = gguf.GGUFWriter(None, architecture_of(config).name)
+    _add_general(writer, Path(checkpoint.folder), tensors)
+    _add_values(writer, to_metadata(config))
+    add_vocabulary(writer, tokenizer, config, pre_tokenizer=pre_tokenizer)
+    _check_name(writer)
+    return writer
 
 
 def _write(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[FileTensor]):
