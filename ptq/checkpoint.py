@@ -17,7 +17,7 @@ from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from calibration.errors import InputError
 from ptq.export.shards import DTYPES
@@ -62,6 +62,10 @@ class Checkpoint:
     def quantization_config(self) -> dict | None:
         """What config.json says about an earlier quantization; None for a folder that was never quantized."""
         return self.config.get("quantization_config")
+
+    def model_config(self, *, trust_remote_code: bool = False):
+        """The transformers config; raises whatever a wrong value breaks in there."""
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
 
     def names(self) -> list[str]:
         """Tensor names in file order."""

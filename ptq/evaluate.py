@@ -1,16 +1,15 @@
-"""python -m ptq.evaluate: perplexity of a model folder, quantized or not, as the file stands."""
+"""python -m ptq.evaluate: perplexity of a model folder or GGUF file, quantized or not, as the file stands."""
 
 import argparse
 import json
-from pathlib import Path
 
 from calibration.corpora import CORPORA
 from calibration.errors import InputError
 from calibration.tokens import heldout_tokens, is_token_file
 from ptq.console import run_command
 from ptq.evaluation.perplexity import measure_perplexity
-from ptq.pipeline import choose_device, choose_dtype, load_tokenizer, window_length
-from ptq.reload import open_weights
+from ptq.pipeline import choose_device, choose_dtype, window_length
+from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
 
 
@@ -19,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=(
         "Windows of seqlen tokens that do not overlap, cut from the joined held-out text; every token of a window but "
         "the first counts. Figures compare only at the same text, tokenizer and seqlen."))  # fmt: skip
-    p.add_argument("path", metavar="PATH", help="model folder or hub id")
+    p.add_argument("path", metavar="PATH", help="model folder, hub id or GGUF file")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--corpus", choices=list(CORPORA), default="wikitext2", help="held-out part of a corpus")
     source.add_argument("--text", metavar="FILE", help=".txt, .jsonl, .parquet, or .npy token rows")
@@ -48,7 +47,7 @@ def _evaluate(args):
         trust_remote_code=args.trust_remote_code,
     )
     source = args.text or args.corpus
-    tokenizer = load_tokenizer(Path(weights.folder), args.trust_remote_code)
+    tokenizer = open_tokenizer(weights, trust_remote_code=args.trust_remote_code)
     if tokenizer is None and not is_token_file(source):
         raise InputError(f"{weights.folder}: has no usable tokenizer; give --text a .npy file of ids")
     windows = heldout_tokens(

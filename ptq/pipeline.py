@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from calibration.errors import InputError
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
@@ -24,7 +23,7 @@ from ptq.export.gptq_tensors import GptqCodec
 from ptq.export.runtimes import runtimes
 from ptq.export.shards import tensor_bytes
 from ptq.memory import peak_memory
-from ptq.reload import GptqCheckpoint
+from ptq.reload import GptqCheckpoint, load_tokenizer
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS, Walk, digest
@@ -219,14 +218,6 @@ def choose_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
 def default_budget() -> int:
     """Bytes of activations to keep in memory unless told otherwise: two fifths of what the machine has."""
     return int(0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """The folder's tokenizer, or None if it has none that loads."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception:  # transformers raises whatever its many tokenizers do; who needs one says so
-        return None
 
 
 def context_length(config) -> int | None:

@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from calibration.errors import InputError
 from ptq.checkpoint import Checkpoint, open_checkpoint
 from ptq.export.gptq import FILE_BITS
 from ptq.export.gptq_tensors import CHECKPOINT_FORMATS, from_gptq
 from ptq.families import family_of
+from ptq.gguf.tokenizer import read_tokenizer
+from ptq.gguf.weights import GgufCheckpoint
 from ptq.qtensor import QuantizedTensor
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -45,6 +48,10 @@ class GptqCheckpoint:
         self.linears = {linear: self._layout(linear, set(stored)) for linear in self.linears}
         parts = {f"{linear}.{part}" for linear in self.linears for part in PARTS}
         self._kept = dict.fromkeys(name for name in stored if name not in parts)
+
+    def model_config(self, *, trust_remote_code: bool = False):
+        """The transformers config of the folder."""
+        return self.packed.model_config(trust_remote_code=trust_remote_code)
 
     def names(self) -> list[str]:
         """Tensor names as in the full-precision checkpoint."""
@@ -112,11 +119,31 @@ class GptqCheckpoint:
         return values.T.contiguous() if self._transposed else values
 
 
-def open_weights(path: str | Path, *, trust_remote_code: bool = False) -> Checkpoint | GptqCheckpoint:
-    """Opens a model folder, quantized or not, as plain weights.
+Weights = Checkpoint | GptqCheckpoint | GgufCheckpoint
+
+
+def open_weights(path: str | Path, *, trust_remote_code: bool = False) -> Weights:
+    """Opens a model folder, quantized or not, or a GGUF file, as plain weights.
 
     Raises:
-        InputError: As open_checkpoint, or the quantization is of a kind that is not read.
+        InputError: As open_checkpoint, the quantization is of a kind that is not read, or the file is damaged.
     """
+    if Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir():
+        return GgufCheckpoint(path)
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     return checkpoint if checkpoint.quantization_config is None else GptqCheckpoint(checkpoint)
+
+
+def open_tokenizer(weights: Weights, *, trust_remote_code: bool = False):
+    """The tokenizer of an artefact, or None if it has none that loads."""
+    if isinstance(weights, GgufCheckpoint):
+        return read_tokenizer(weights.file)
+    return load_tokenizer(Path(weights.folder), trust_remote_code)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+    """The folder's tokenizer, or None if it has none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # transformers raises whatever its many tokenizers do; who needs one says so
+        return None

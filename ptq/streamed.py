@@ -11,7 +11,7 @@ from math import isfinite
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from calibration.capture import record_block_inputs, replaced_blocks
 from calibration.errors import InputError
@@ -24,7 +24,7 @@ class StreamedModel:
     """Blocks of a causal language model on demand.
 
     Args:
-        checkpoint: Gives config, names() and read(names), for example a Checkpoint.
+        checkpoint: Gives config, model_config(), names() and read(names), for example a Checkpoint.
         dtype: Weights and activations are computed in this.
         device: Where a block lives while it is loaded.
         trust_remote_code: Let the checkpoint bring its own model code.
@@ -34,7 +34,7 @@ class StreamedModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.family = family_of(checkpoint.config)
         self._trusted = trust_remote_code
-        self.model = _build_model(checkpoint.folder, dtype, trust_remote_code)
+        self.model = _build_model(checkpoint, dtype, trust_remote_code)
         self.config = config = self.model.config
         self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
@@ -145,20 +145,18 @@ class StreamedModel:
             yield name, tensor.to(device=self.device, dtype=self.dtype)
 
 
-def _build_model(folder, dtype, trust_remote_code) -> nn.Module:
-    """The model of a folder's config.json with parameters on the meta device."""
+def _build_model(checkpoint, dtype, trust_remote_code) -> nn.Module:
+    """The model of a checkpoint's config with parameters on the meta device."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = checkpoint.model_config(trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config  # the checkpoint gives plain weights
         config.dtype = dtype
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value surfaces as whatever it breaks inside transformers
-        cause = " ".join(str(error).split()) or "no reason given"
-        raise InputError(
-            f"{folder / 'config.json'}: transformers cannot build this model ({type(error).__name__}: {cause})"
-        ) from error
+        file, cause = checkpoint.folder / "config.json", " ".join(str(error).split()) or "no reason given"
+        raise InputError(f"{file}: transformers cannot build this model ({type(error).__name__}: {cause})") from error
     return model.eval().requires_grad_(False)
 
 

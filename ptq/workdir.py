@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from calibration.errors import InputError
-from ptq.export.shards import tensor_bytes, tensor_entry, write_shard
+from ptq.export.shards import sync_folder, tensor_bytes, tensor_entry, write_shard
 
 SUFFIX = ".ptq-work"
 
@@ -230,12 +230,3 @@ def write_atomically(path: Path, data: bytes):
         os.fsync(file.fileno())
     os.replace(aside, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path):
-    """Makes renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -127,6 +127,15 @@ def write_checkpoint(
         _write_index(Path(folder), weight_map, sum(entry.nbytes for entry in by_name.values()))
 
 
+def sync_folder(folder: Path):
+    """Makes renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _header(ordered: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0

@@ -1,0 +1,1 @@
+"""Reading GGUF files: as a file, and as the model that it stands for."""
