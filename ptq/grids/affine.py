@@ -54,7 +54,7 @@ class AffineGrid:
         """All of a group's."""
         return span
 
-    def knobs(self, params, codes) -> Iterator[Knob]:
+    def knobs(self, params, codes, step) -> Iterator[Knob]:
         """A group's scale; its zero point is left where the search put it."""
         scale, zero = params
         yield Knob(scale, slice(None), codes - zero, _nonzero_half)

@@ -23,13 +23,13 @@ class Knob:
 
     Attributes:
         number: (R,) its present value: a view into the params, overwritten by the solver.
-        columns: The columns of the span it moves.
+        columns: The columns of the span it moves: indices, or all.
         direction: (c', R) derivative of those columns' values.
         storable: Nearest storable numbers of real ones (R,); NaN where there is none.
     """
 
     number: torch.Tensor
-    columns: slice
+    columns: slice | list[int]
     direction: torch.Tensor
     storable: Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,15 +55,20 @@ class Grid(Protocol):
     def decode(self, codes, scale, zero):
         """Values of codes; broadcasts."""
 
-    def knobs(self, params: Params, codes: torch.Tensor) -> Iterator[Knob]:
-        """The numbers a solver may improve, in a good order, codes (c, R) fixed; each sees the changes before it."""
+    def knobs(self, params: Params, codes: torch.Tensor, step: list[int]) -> Iterator[Knob]:
+        """The numbers a solver may improve, in a good order; each sees the changes before it.
+
+        codes (c, R) are fixed; columns may be shuffled: step tells which (scale, zero) pair each one uses.
+        """
 
 
 class BlockGrid(Grid, Protocol):
     """A grid whose file format fixes the length of a span.
 
     Attributes:
+        name: What the format calls it.
         span: Columns of a block; rows are whole numbers of blocks.
     """
 
+    name: str
     span: int

@@ -57,7 +57,7 @@ class Local:
 
     def refit(self, grid, numbers):
         """Each stored number to its best value, codes fixed."""
-        for knob in grid.knobs(numbers, self.codes):
+        for knob in grid.knobs(numbers, self.codes, self.span.step):
             direction = knob.direction
             bent = self.inner[:, knob.columns] @ direction
             slope = (direction * self.gradient[knob.columns]).sum(0)

@@ -40,7 +40,7 @@ LAYERS = {
     "ptq.workdir": ("ptq.export.shards", "calibration"),
     "ptq.checkpoint": ("ptq.export.shards", "calibration"),
     "ptq.gguf": ("ptq.export.gguf", "ptq.families", "calibration"),
-    "ptq.export": ("ptq.families", "ptq.qtensor", "calibration"),
+    "ptq.export": ("ptq.families", "ptq.grids", "ptq.qtensor", "calibration"),
     "ptq.quantizers": ("ptq.grids", "ptq.qtensor", "calibration"),
     "ptq.qtensor": ("ptq.grids",),
     "ptq.grids": (),

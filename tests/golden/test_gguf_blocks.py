@@ -1,0 +1,70 @@
+"""Every block type, bytes to grid and back, against llama.cpp's own arithmetic: bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from ptq.export.gguf.codecs import LAYOUTS, encoded, pack, unpack
+from ptq.export.gguf.types import BY_NAME, dequantize
+from ptq.grids.blocks import BLOCK_GRIDS
+
+ROWS, BLOCKS = 24, 3
+
+
+def random_rows(name, seed=0):
+    """Bytes (ROWS, BLOCKS blocks) of any content but infinite fp16 numbers; ternary digits as llama.cpp's."""
+    ggml_type, generator = BY_NAME[name], np.random.default_rng(seed)
+    rows = generator.integers(0, 256, (ROWS, BLOCKS * ggml_type.block_bytes), dtype=np.uint8)
+    content, start = rows.reshape(-1, ggml_type.block_bytes), 0
+    for field in LAYOUTS[name].fields:
+        if type(field).__name__ == "Half":
+            content[:, start + 1] &= 0xBF  # the top bit of the exponent: magnitudes below 2, subnormal ones among them
+        if type(field).__name__ == "Trits":
+            part = content[:, start : start + field.nbytes]
+            part[:, :48] = (generator.integers(0, 243, (len(part), 48)) * 256 + 242) // 243
+            part[:, 48:] = (generator.integers(0, 81, (len(part), 4)) * 3 * 256 + 242) // 243
+        start += field.nbytes
+    assert start == ggml_type.block_bytes
+    return rows
+
+
+def same_bits(ours, theirs):
+    return np.array_equal(ours.numpy().view(np.uint32), theirs.view(np.uint32))
+
+
+def test_every_grid_has_a_layout():
+    assert LAYOUTS.keys() == BLOCK_GRIDS.keys()
+    for name, grid in BLOCK_GRIDS.items():
+        assert (grid.name, grid.span) == (name, BY_NAME[name].block)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_random_bytes(name):
+    rows = random_rows(name)
+    tensor, expected = unpack(rows, name), dequantize(rows, BY_NAME[name].number)
+    assert tensor.codes.shape == expected.shape == (ROWS, BLOCKS * BY_NAME[name].block)
+    assert same_bits(tensor.dequantize(), expected)
+    assert np.array_equal(pack(tensor), rows)
+    part = tensor.rows(slice(5, 9))
+    assert np.array_equal(pack(part), rows[5:9]) and np.array_equal(pack(part.stack([part, part]))[4:], rows[5:9])
+    assert encoded(part).number == BY_NAME[name].number and np.array_equal(encoded(part).read(), rows[5:9])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_code_is_used(name):
+    """Random bytes decode to all the values that the grid says there are, and each is its own nearest."""
+    grid, tensor = BLOCK_GRIDS[name], unpack(random_rows(name), name)
+    codes = tensor.codes.unique()
+    assert codes.tolist() == list(range(grid.levels.count))
+    scale, zero = grid.steps(tuple(p[0] for p in tensor.params))
+    values = grid.decode(codes.float()[:, None, None], scale, zero)
+    found = grid.encode(values, scale, zero)
+    assert torch.equal(found[:, scale != 0], codes.float()[:, None, None].expand_as(found)[:, scale != 0])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_zero_bytes(name):
+    rows = np.zeros((2, BY_NAME[name].row_bytes(256)), np.uint8)
+    tensor = unpack(rows, name)
+    assert same_bits(tensor.dequantize(), dequantize(rows, BY_NAME[name].number))
+    assert np.array_equal(pack(tensor), rows)
