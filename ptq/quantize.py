@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
                       "gptq_v2: stores zero points as they are\n"
                       "gguf: one file for llama.cpp, Ollama and LM Studio; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
-                      help="gguf: " + " ".join(BLOCK_GRIDS) + "\n(default: by --bits: Q1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
+                      help="gguf: " + " ".join(BLOCK_GRIDS)
+                      + "\n(default: by --bits: Q1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
     grid.add_argument("--embed-type", type=str.upper, metavar="TYPE",
                       help="gguf: type of the token embedding, also F16, BF16, F32 (default: Q6_K)")  # fmt: skip
     grid.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name, where it is not recognised")

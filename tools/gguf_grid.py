@@ -1,9 +1,10 @@
-"""Pure GGUF types, ours against llama.cpp's own quantizer with an importance matrix, both measured by llama.cpp.
+r"""Pure GGUF types, ours against llama.cpp's own quantizer with an importance matrix, both measured by llama.cpp.
 
-    python tools/gguf_grid.py --model DIR --calibration 'rows.seed{seed}.npy' --evaluation held.npy --client DIR --out grid.jsonl
+    python tools/gguf_grid.py --model DIR --calibration 'rows.seed{seed}.npy' --evaluation held.npy \
+        --client DIR --out grid.jsonl
 
-Both get the same calibration tokens, keep embedding and head in F16, and write through the same code; they differ in how
-the linears' bytes are chosen. The reference is ggml_quantize_chunk of the xllamacpp wheel, whose bytes are llama-quantize's.
+Both get the same calibration tokens, keep embedding and head in F16, and write through the same code; they differ in
+how the linears' bytes are chosen. The reference is ggml_quantize_chunk of the xllamacpp wheel: llama-quantize's bytes.
 KL is the mean over predictions of the divergence from the F32 file's, in nats. Finished cells are skipped. `--client`
 holds llamac.py, which drives the wheel.
 """
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,6 @@ from ptq.reload import load_tokenizer
 from ptq.streamed import StreamedModel
 
 TYPES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 IQ4_NL IQ4_XS TQ2_0 Q2_0".split()
-NEEDS_256 = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"}
 
 
 class Reference:
@@ -47,20 +48,21 @@ class Reference:
         """Writes a file with all linears in one type, or, without a type, all in F32."""
         source, encoded = self.streamed.checkpoint, {}
         for linear, squares in self.squares.items() if ggml_type else ():
-            read = lambda n=f"{linear}.weight", s=squares: self._quantize(source.read([n])[n].float(), s, ggml_type)
+            read = partial(self._quantize, f"{linear}.weight", squares, ggml_type)
             encoded[f"{linear}.weight"] = EncodedTensor(BY_NAME[ggml_type].number, read)
         config, tokenizer = self.streamed.config, load_tokenizer(source.folder)
         kind = "F16" if ggml_type else "F32"
         write_gguf(path, source, encoded, config=config, tokenizer=tokenizer, float_type=kind)
 
-    def _quantize(self, W, squares, ggml_type):
+    def _quantize(self, name, squares, ggml_type):
+        W = self.streamed.checkpoint.read([name])[name].float()
         outputs, inputs = W.shape
         rows = np.empty((outputs, BY_NAME[ggml_type].row_bytes(inputs)), np.uint8)
-        pointer = lambda array, kind: array.ctypes.data_as(ctypes.POINTER(kind))
-        values, importance = np.ascontiguousarray(W.numpy()), np.ascontiguousarray(squares.numpy())
+        values, importance = W.contiguous(), squares.contiguous()
         self.library.ggml_quantize_chunk(
-            BY_NAME[ggml_type].number, pointer(values, ctypes.c_float), ctypes.c_void_p(rows.ctypes.data),
-            ctypes.c_int64(0), ctypes.c_int64(outputs), ctypes.c_int64(inputs), pointer(importance, ctypes.c_float),
+            BY_NAME[ggml_type].number, ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(rows.ctypes.data),
+            ctypes.c_int64(0), ctypes.c_int64(outputs), ctypes.c_int64(inputs),
+            ctypes.c_void_p(importance.data_ptr()),
         )  # fmt: skip
         return rows
 
@@ -70,14 +72,15 @@ def mean_squares(model, tokens, streamed):
     """The importance matrix: mean squared input of each linear, by its name in the checkpoint."""
     whole, sums = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), {}
     for i, name in itertools.product(range(len(streamed.blocks)), streamed.family.linears):
-
-        def note(_, inputs, key=streamed.stored_name(i, name)):
-            sums[key] = sums.get(key, 0) + inputs[0].float().square().flatten(0, -2).sum(0)
-
-        whole.get_submodule(f"{streamed.block_name(i)}.{name}").register_forward_pre_hook(note)
+        linear = whole.get_submodule(f"{streamed.block_name(i)}.{name}")
+        linear.register_forward_pre_hook(partial(_note, sums, streamed.stored_name(i, name)))
     for rows in tokens.split(4):
         whole(rows)
     return {key: total / tokens.numel() for key, total in sums.items()}
+
+
+def _note(sums, key, _, inputs):
+    sums[key] = sums.get(key, 0) + inputs[0].float().square().flatten(0, -2).sum(0)
 
 
 def measure(path, full, windows, client):
@@ -91,6 +94,14 @@ def measure(path, full, windows, client):
         count += len(ours)
     model.close()
     return {"perplexity": float(np.exp(nll / count)), "kl": divergence / count, "bytes": Path(path).stat().st_size}
+
+
+def ours(model, ggml_type, seed, calibration, out):
+    """Our file."""
+    spec = QuantSpec(checkpoint_format="gguf", ggml_type=ggml_type, embed_type="F16", head_type="F16", seed=seed)
+    folder = quantize_model(model, spec, out=out, calibration=calibration, heldout="none").folder
+    (path,) = folder.glob("*.gguf")
+    return path
 
 
 def main():
