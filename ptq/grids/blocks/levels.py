@@ -60,12 +60,12 @@ class Table:
 
     def at_one(self, codes):
         """Values at scale 1."""
-        return _values(self.table, codes.dtype, codes.device)[codes.long()]
+        return _look_up(_values(self.table, codes.dtype, codes.device), codes)
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats; at scale 0, where all values are 0, those of scale 1."""
-        x = (w / _nonzero(scale)).contiguous()
-        return torch.bucketize(x, _middles(self.table, x.dtype, x.device)).to(x.dtype)
+        halves = (w / _nonzero(scale)).mul_(2).ceil_().clamp_(2 * self.table[0], 2 * self.table[-1])
+        return _look_up(_nearest(self.table, halves.dtype, halves.device), halves.sub_(2 * self.table[0]))
 
     def decode(self, codes, scale, zero):
         """Values of codes."""
@@ -114,6 +114,12 @@ def _values(table, dtype, device):
 
 
 @lru_cache
-def _middles(table, dtype, device):
-    values = _values(table, dtype, device)
-    return (values[1:] + values[:-1]) / 2
+def _nearest(table, dtype, device):
+    """Codes for every half from the table's first to its last entry: limits between codes are whole or half numbers."""
+    values = _values(table, torch.float64, device)
+    halves = torch.arange(2 * table[0], 2 * table[-1] + 1, dtype=torch.float64, device=device) / 2
+    return torch.bucketize(halves, (values[1:] + values[:-1]) / 2).to(dtype)
+
+
+def _look_up(entries, index):
+    return entries.index_select(0, index.int().reshape(-1)).view(index.shape)

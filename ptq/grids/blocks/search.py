@@ -9,6 +9,7 @@ import torch
 TINY = torch.finfo(torch.float32).tiny
 CHUNK = 1 << 18  # elements searched at once: a dozen temporaries of this size stay in the last-level cache
 FINE_STEPS = 2
+WIDEST = 1.03  # a ramp a little wider than the weights may round them better
 
 
 def in_chunks(fit, w, weight):
@@ -75,10 +76,10 @@ def search_ramp(levels, x, weight, *, positive, candidates=6):
     if positive:
         low, high = low.clamp(max=0), high.clamp(min=0)
     middle, reach = (low + high) / 2, (high - low) / 2
-    smallest = {4: 0.5, 16: 0.75}.get(levels.count, 0.85)
+    smallest = {4: 0.5, 16: 0.8}.get(levels.count, 0.92)
     fit = _RampFit(levels, x, weight, positive)
-    for below in torch.linspace(smallest, 1, candidates).tolist():
-        for above in torch.linspace(smallest, 1, candidates).tolist():
+    for below in torch.linspace(smallest, WIDEST, candidates).tolist():
+        for above in torch.linspace(smallest, WIDEST, candidates).tolist():
             fit.keep((below + above) * reach / (levels.count - 1), below * reach - middle)
     for _ in range(FINE_STEPS):
         fit.keep(fit.scale.clone(), fit.minimum.clone())
