@@ -111,10 +111,9 @@ class RampGrid:
         return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
-        """The scale, then the minimum."""
+        """The scale and the minimum, as a pair."""
         d, m = params
-        yield Knob(d, slice(None), codes, half_or_nan)
-        yield Knob(m, slice(None), torch.ones_like(codes), half)
+        yield Knob(d, slice(None), codes, half_or_nan, Knob(m, slice(None), torch.ones_like(codes), half))
 
 
 def plain_scale(levels, x):
