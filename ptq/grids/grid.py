@@ -26,12 +26,14 @@ class Knob:
         columns: The columns of the span it moves: indices, or all.
         direction: (c', R) derivative of those columns' values.
         storable: Nearest storable numbers of real ones (R,); NaN where there is none.
+        partner: Another number of the same columns that is worth moving together with this one.
     """
 
     number: torch.Tensor
     columns: slice | list[int]
     direction: torch.Tensor
     storable: Callable[[torch.Tensor], torch.Tensor]
+    partner: "Knob | None" = None
 
 
 class Grid(Protocol):

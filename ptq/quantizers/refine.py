@@ -58,17 +58,34 @@ class Local:
     def refit(self, grid, numbers):
         """Each stored number to its best value, codes fixed."""
         for knob in grid.knobs(numbers, self.codes, self.span.step):
-            direction = knob.direction
-            bent = self.inner[:, knob.columns] @ direction
-            slope = (direction * self.gradient[knob.columns]).sum(0)
-            curvature = (direction * bent[knob.columns]).sum(0).clamp_(min=TINY)
-            new = knob.storable(knob.number - slope / curvature)
-            change = new - knob.number
-            better = change * (2 * slope + change * curvature) < 0  # False for NaN
-            change = torch.where(better, change, 0)
-            knob.number.copy_(torch.where(better, new, knob.number))
-            self.gradient.addcmul_(bent, change)
+            if knob.partner is None:
+                self._turn(knob)
+            else:
+                self._turn_both(knob, knob.partner)
         torch.sub(_values(grid, numbers, self.span, self.codes), self.target, out=self.D)
+
+    def _turn(self, knob):
+        axis = _Axis(knob, self.inner, self.gradient)
+        new = axis.nearest(axis.slope, axis.curvature)
+        axis.move(torch.where(axis.loss(new - knob.number) < 0, new, knob.number), self.gradient)
+
+    def _turn_both(self, knob, partner):
+        """Where one number goes to its own best value, to its share of the joint one, or stays; the other follows."""
+        first, second = (_Axis(k, self.inner, self.gradient) for k in (knob, partner))
+        cross = (first.direction * second.bent[knob.columns]).sum(0)
+        share = cross / second.curvature
+        joint = first.nearest(first.slope - share * second.slope, first.curvature - share * cross)
+        new, new_partner, best = knob.number.clone(), partner.number.clone(), torch.zeros_like(cross)
+        for trial in (knob.number.clone(), first.nearest(first.slope, first.curvature), joint):
+            change = trial - knob.number
+            follower = second.nearest(second.slope + change * cross, second.curvature)
+            other = follower - partner.number
+            loss = first.loss(change) + second.loss(other) + 2 * change * other * cross
+            better = loss < best
+            for kept, found in ((new, trial), (new_partner, follower), (best, loss)):
+                torch.where(better, found, kept, out=kept)
+        first.move(new, self.gradient)
+        second.move(new_partner, self.gradient)
 
     def sweep(self, grid, numbers, generator, column_block):
         """Coordinate descent over the span's codes, in random order."""
@@ -96,6 +113,31 @@ class Local:
         change = self.D - D[columns]
         codes[columns], D[columns] = self.codes, self.D
         R.addmm_(self.rows.T, change)
+
+
+class _Axis:
+    """A knob and what the loss is along it: slope and half the curvature (R,), and H times its direction, bent."""
+
+    def __init__(self, knob, inner, gradient):
+        self.knob, self.direction = knob, knob.direction
+        self.bent = inner[:, knob.columns] @ knob.direction
+        self.slope = (knob.direction * gradient[knob.columns]).sum(0)
+        self.curvature = (knob.direction * self.bent[knob.columns]).sum(0).clamp_(min=TINY)
+
+    def nearest(self, slope, curvature):
+        """The storable number nearest to the best one; the present one where there is none."""
+        number = self.knob.number
+        new = self.knob.storable(number - slope / curvature.clamp(min=TINY))
+        return torch.where(new.isnan(), number, new)
+
+    def loss(self, change):
+        """What a change adds to the loss."""
+        return change * (2 * self.slope + change * self.curvature)
+
+    def move(self, new, gradient):
+        """Stores new numbers and brings the gradient up to date."""
+        gradient.addcmul_(self.bent, new - self.knob.number)
+        self.knob.number.copy_(new)
 
 
 def _values(grid, numbers, span, codes):

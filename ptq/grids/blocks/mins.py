@@ -148,10 +148,9 @@ class MinsGrid:
         return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
-        """Each step's sub-scale and sub-minimum, then d and dmin."""
+        """Each step's sub-scale and sub-minimum as a pair, then d and dmin as a pair."""
         sub, low, d, dmin = params
         for i, columns in enumerate(columns_of_steps(step, len(sub))):
-            yield Knob(sub[i], columns, d * codes[columns], self._sub)
-            yield Knob(low[i], columns, -dmin.expand(len(columns), -1), self._low)
-        yield Knob(d, slice(None), sub[step] * codes, half_or_nan)
-        yield Knob(dmin, slice(None), -low[step], half_or_nan)
+            minimum = Knob(low[i], columns, -dmin.expand(len(columns), -1), self._low)
+            yield Knob(sub[i], columns, d * codes[columns], self._sub, minimum)
+        yield Knob(d, slice(None), sub[step] * codes, half_or_nan, Knob(dmin, slice(None), -low[step], half_or_nan))

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ptq.grids.blocks.levels import Even, Table, half_nonzero, half_or_nan
-from ptq.grids.blocks.search import TINY, in_chunks, search_scale
-from ptq.grids.blocks.single import plain_scale
+from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_scale
 from ptq.grids.grid import Knob
 
 MOST_SHARES = 1.0, 0.75  # how much of the range of sub-scales the largest step uses, from most to least

@@ -4,6 +4,8 @@ Candidates only propose codes: each is scored with the scale (and minimum) that 
 Legend: R rows, c columns that share a scale.
 """
 
+from math import log2
+
 import torch
 
 TINY = torch.finfo(torch.float32).tiny
@@ -22,8 +24,8 @@ def in_chunks(fit, w, weight):
 def search_scale(levels, x, weight, candidates=20):
     """The scale of either sign that minimises sum_j weight_j (x_j - nearest value)**2.
 
-    Candidates lie between the scale that suits a normal sample of the same power and the one that clips nothing
-    (at high resolution clipping is next to nothing, and the range starts a third below the latter).
+    Candidates lie between one that is too small for a normal sample of the same power and the one that clips nothing.
+    The finer the levels, the less there is to gain from clipping: the range narrows.
 
     Args:
         levels: Even or Table.
@@ -36,10 +38,11 @@ def search_scale(levels, x, weight, candidates=20):
     """
     low, high = levels.ends
     widest = x.abs().amax(1) / min(-low, high)
-    normal = x.square().mean(1).sqrt() * (3.4 * (levels.count - 1) / (levels.count + 1) / (high - low))
-    narrowest = torch.minimum(normal, widest * 0.7)
+    normal = x.square().mean(1).sqrt() * ((0.6 + 0.6 * log2(levels.count)) / (high - low))
+    narrowest = torch.minimum(normal, widest * (1 - 1.2 / levels.count**0.5))
     wx, best = weight * x, torch.zeros_like(widest)
     scale = torch.zeros_like(widest)
+    _keep_scale(levels, x, wx, weight, plain_scale(levels, x), scale, best)
     for share in torch.linspace(0, 1, candidates).tolist():
         candidate = torch.lerp(narrowest, widest, share)
         for signed in (candidate, -candidate) if -low != high else (candidate,):
@@ -47,6 +50,14 @@ def search_scale(levels, x, weight, candidates=20):
     for _ in range(FINE_STEPS):
         _keep_scale(levels, x, wx, weight, scale.clone(), scale, best)
     return scale
+
+
+def plain_scale(levels, x):
+    """(R,) scale that puts the largest of x (R, c) on the largest value."""
+    if levels.count == 2:
+        return x.abs().mean(1)
+    largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+    return largest / max(levels.ends, key=abs)
 
 
 def _keep_scale(levels, x, wx, weight, candidate, scale, best):

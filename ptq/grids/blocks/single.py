@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ptq.grids.blocks.levels import Even, Ramp, Table, half, half_nonzero, half_or_nan
-from ptq.grids.blocks.search import TINY, in_chunks, search_ramp, search_scale, weighted_error
+from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_ramp, search_scale, weighted_error
 from ptq.grids.grid import Knob
 
 
@@ -111,15 +111,6 @@ class RampGrid:
         return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
-        """The scale, then the minimum."""
+        """The scale and the minimum, as a pair."""
         d, m = params
-        yield Knob(d, slice(None), codes, half_or_nan)
-        yield Knob(m, slice(None), torch.ones_like(codes), half)
-
-
-def plain_scale(levels, x):
-    """(R,) scale that puts the largest of x (R, c) on the largest value."""
-    if levels.count == 2:
-        return x.abs().mean(1)
-    largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
-    return largest / max(levels.ends, key=abs)
+        yield Knob(d, slice(None), codes, half_or_nan, Knob(m, slice(None), torch.ones_like(codes), half))
