@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq.grids.grid import Knob
+from ptq.grids.grid import Arithmetic, Knob
 
 SHRINK_STEPS = 40  # scale candidates; the least-squares steps that follow make a finer search pointless
 FINE_STEPS = 2
@@ -31,6 +31,11 @@ class AffineGrid:
     def top(self) -> int:
         """Largest code."""
         return 2**self.bits - 1
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """For compiled loops."""
+        return Arithmetic("even", self.top)
 
     @property
     def middle(self) -> float:

@@ -10,7 +10,7 @@ Legend: R rows, c columns of a span, k numbers of one kind per span.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -36,8 +36,28 @@ class Knob:
     partner: "Knob | None" = None
 
 
+class Arithmetic(NamedTuple):
+    """decode in one of three forms, for loops that are compiled.
+
+    Attributes:
+        kind: "even": scale * (code - zero); "ramp": scale * code - zero; "table": scale * table[code].
+        top: Largest code.
+        table: Ascending whole numbers, of that kind alone.
+    """
+
+    kind: str
+    top: int
+    table: tuple[int, ...] = ()
+
+
 class Grid(Protocol):
-    """The values of one file format."""
+    """The values of one file format.
+
+    Attributes:
+        arithmetic: What decode does.
+    """
+
+    arithmetic: Arithmetic
 
     def fit(self, w: torch.Tensor, weight: torch.Tensor) -> Params:
         """Params that nearly minimise sum_j weight_j (w_j - nearest value)**2, w and weight (R, c)."""

@@ -16,9 +16,12 @@ that is 0.2, where plain rounding to (0, 0) leaves 0.8.
 Legend: O outputs, I inputs, G groups. Matrices here are transposed, (I, O), so that a column is contiguous.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from calibration.errors import InputError
+from ptq.quantizers.kernels import compiled, round_block
 
 DAMP_GROWTH = 4.0
 DAMP_ATTEMPTS = 10
@@ -71,6 +74,25 @@ def _turn(matrix):
     return matrix
 
 
+@dataclass(frozen=True)
+class FixedParams:
+    """Params that are known before the first column is rounded.
+
+    Attributes:
+        scale: (n, O).
+        zero: (n, O).
+        step: (I,) which pair each column uses.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    step: list[int]
+
+    def __call__(self, k, remaining):
+        """Scale and zero of column k."""
+        return self.scale[self.step[k]], self.zero[self.step[k]]
+
+
 def quantize_columns(Wt, U, grid, params, *, column_block=128):
     """Rounds columns in the order given, compensating each one's error.
 
@@ -78,8 +100,9 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
         Wt: (I, O) target weights, one input column a row.
         U: (I, I) upper triangular factor of the damped Hessian in the same order.
         grid: Gives encode and decode.
-        params: Callable (k, remaining) -> (scale (O,), zero (O,)) of column k. `remaining(width)` gives the weights
-            (width, O) of the columns from k on as GPTQ has compensated them, for grids that are fitted on the way.
+        params: FixedParams, or a callable (k, remaining) -> (scale (O,), zero (O,)) of column k. `remaining(width)`
+            gives the weights (width, O) of the columns from k on as GPTQ has compensated them, for grids that are
+            fitted on the way.
         column_block: Columns handled between two large matrix products.
 
     Returns:
@@ -89,11 +112,21 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
     diagonal = U.diagonal()
     codes, Q, D = torch.empty_like(Wt), torch.empty_like(Wt), torch.empty_like(Wt)
     loss = torch.zeros(O, device=Wt.device, dtype=Wt.dtype)
+    fast = isinstance(params, FixedParams) and compiled(Wt)
     for start in range(0, I, column_block):
         end = min(start + column_block, I)
         M = U[:end, start:end] / diagonal[start:end]
         target = Wt[start:end].addmm(M[:start].T, D[:start], alpha=-1)
         M = M[start:]
+        if fast:
+            step, block = params.step[start:end], slice(start, end)
+            numbers = params.scale, params.zero, step, grid.arithmetic
+            codes[block], Q[block], lost = round_block(
+                target, Wt[block], M.contiguous(), diagonal[block].contiguous(), *numbers
+            )
+            torch.sub(Q[block], Wt[block], out=D[block])
+            loss += lost
+            continue
         for k in range(start, end):
             t = target[k - start]
             scale, zero = params(k, lambda width, k=k: _remaining(Wt, U, D, k, width))

@@ -12,7 +12,7 @@ import torch
 
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
-from ptq.quantizers.columns import damped_factor, quantize_columns
+from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 
@@ -117,28 +117,36 @@ class _Stage:
 
     def _round(self, Wt):
         """GPTQ proper: codes (I, O), every span's params, loss (O,)."""
-        params, importance = [None] * len(self.spans), self.U.diagonal() ** 2
         if self.static:
-            target = torch.empty_like(Wt)
-            target[self.order] = Wt
-            weight = torch.empty_like(importance)
-            weight[self.order] = self.H.diagonal()
+            target, weight = torch.empty_like(Wt), self.H.new_empty(len(Wt))
+            target[self.order], weight[self.order] = Wt, self.H.diagonal()
             params = fit_spans(target.T, self.span, self.grid.fit, weight)
-        steps = [p and self.grid.steps(p) for p in params]
-        span_of = (self.order // self.span).tolist()
-        step_of = (self.order % self.span // self.grid.columns_per_step(self.span)).tolist()
-
-        def parameters(k, remaining):
-            s = span_of[k]
-            if steps[s] is None:
-                rows = remaining(self.span).T
-                params[s] = self.grid.fit(rows, importance[k : k + rows.shape[1]][None])
-                steps[s] = self.grid.steps(params[s])
-            scale, zero = steps[s]
-            return scale[step_of[k]], zero[step_of[k]]
-
-        codes, _, loss = quantize_columns(Wt, self.U, self.grid, parameters, column_block=self.spec.column_block)
+            given = self._fixed(params)
+        else:
+            params = []
+            given = self._on_the_way(params)
+        codes, _, loss = quantize_columns(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
         return codes, params, loss
+
+    def _fixed(self, params) -> FixedParams:
+        """All spans' (scale, zero) pairs, one after the other, and which of them each visited column uses."""
+        scale, zero = (torch.cat(p) for p in zip(*map(self.grid.steps, params), strict=True))
+        width = self.grid.columns_per_step(self.span)
+        first = self.order // self.span * (self.span // width)
+        return FixedParams(scale, zero, (first + self.order % self.span // width).tolist())
+
+    def _on_the_way(self, params):
+        """Fits every span when its first column is reached; spans are visited in order, columns as they lie."""
+        importance, width = self.U.diagonal() ** 2, self.grid.columns_per_step(self.span)
+
+        def given(k, remaining):
+            if k % self.span == 0:
+                rows = remaining(self.span).T
+                params.append(self.grid.fit(rows, importance[k : k + rows.shape[1]][None]))
+            scale, zero = self.grid.steps(params[-1])
+            return scale[k % self.span // width], zero[k % self.span // width]
+
+        return given
 
     def _baseline(self, Wt, plain, target):
         """Losses of plain round-to-nearest on the same grid, and of writing nothing at all, per output."""

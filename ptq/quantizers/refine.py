@@ -12,6 +12,9 @@ Legend: O outputs (rows), I inputs, c columns of a span; matrices are transposed
 
 import torch
 
+from ptq.quantizers.kernels import compiled, sweep_block
+
+COMPILED_BLOCK = 256  # columns between two local matrix products; a tile of rows of so many fits the second cache
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -90,8 +93,11 @@ class Local:
     def sweep(self, grid, numbers, generator, column_block):
         """Coordinate descent over the span's codes, in random order."""
         scale, zero = grid.steps(numbers)
-        diagonal = self.inner.diagonal().tolist()
-        order = torch.randperm(len(diagonal), generator=generator).to(self.inner.device)
+        order = torch.randperm(len(self.inner), generator=generator)
+        if compiled(self.D):
+            self._sweep_compiled(grid, scale, zero, order)
+            return
+        diagonal, order = self.inner.diagonal().tolist(), order.to(self.inner.device)
         for columns in order.split(column_block):
             rows = self.inner[columns]
             inner, gradient = rows[:, columns], self.gradient[columns]
@@ -106,6 +112,18 @@ class Local:
                 gradient[i + 1 :].addr_(inner[i + 1 :, i], change[i])
             if len(columns) < len(order):
                 self.gradient.addmm_(rows.T, change)
+
+    def _sweep_compiled(self, grid, scale, zero, order):
+        scale, zero = scale.contiguous(), zero.contiguous()
+        for columns in order.split(COMPILED_BLOCK):
+            rows = self.inner[columns]
+            inner, gradient, target = rows[:, columns], self.gradient[columns], self.target[columns]
+            before, codes, step = self.D[columns], self.codes[columns], [self.span.step[j] for j in columns.tolist()]
+            D = before.clone()
+            sweep_block(inner, gradient, D, target, codes, scale, zero, step, grid.arithmetic)
+            self.D[columns], self.codes[columns] = D, codes
+            if len(columns) < len(order):
+                self.gradient.addmm_(rows.T, D - before)
 
     def put_back(self, codes, D, R):
         """The span's new codes and errors, and what they do to every column's gradient."""

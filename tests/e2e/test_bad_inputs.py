@@ -177,7 +177,7 @@ FLAGS = {
     "--device cuda:99": "device 'cuda:99' is not here",
     "--dtype int8": "dtype 'int8' is not auto, float32",
     "--method awq": "argument --method: invalid choice: 'awq'",
-    "--format gguf": "argument --format: invalid choice: 'gguf'",
+    "--format ggml": "argument --format: invalid choice: 'ggml'",
     "--model nowhere/at/all": "nowhere/at/all: there is no such folder",
     "--model text.txt": "text.txt: is a file",
     "--out text.txt": "text.txt: exists already",

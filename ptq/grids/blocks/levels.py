@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 
+from ptq.grids.grid import Arithmetic
+
 HALF_MAX = torch.finfo(torch.half).max
 HALF_TINY = 2.0**-24
 
@@ -22,6 +24,11 @@ class Even:
 
     count: int
     offset: int
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """For compiled loops."""
+        return Arithmetic("even", self.count - 1)
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -47,6 +54,11 @@ class Table:
 
     table: tuple[int, ...]
     offset = 0
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """For compiled loops."""
+        return Arithmetic("table", self.count - 1, self.table)
 
     @property
     def count(self) -> int:
@@ -77,6 +89,11 @@ class Ramp:
     """`count` evenly spaced values up from -zero."""
 
     count: int
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """For compiled loops."""
+        return Arithmetic("ramp", self.count - 1)
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats."""

@@ -13,7 +13,7 @@ import torch
 from ptq.grids.blocks.levels import Ramp, half_nonzero, half_or_nan
 from ptq.grids.blocks.scaled import columns_of_steps
 from ptq.grids.blocks.search import TINY, in_chunks, search_ramp
-from ptq.grids.grid import Knob
+from ptq.grids.grid import Arithmetic, Knob
 
 FEWEST_SHARE = 0.7  # of the range of the whole numbers, used by the largest step
 CANDIDATES = 16
@@ -39,6 +39,11 @@ class MinsGrid:
     top: int
     levels: Ramp
     span = 256
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the levels."""
+        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Ramps by search, then d, dmin and whole numbers near them, each step judged by its error; both directions."""

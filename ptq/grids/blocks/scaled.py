@@ -10,7 +10,7 @@ import torch
 
 from ptq.grids.blocks.levels import Even, Table, half_nonzero, half_or_nan
 from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_scale
-from ptq.grids.grid import Knob
+from ptq.grids.grid import Arithmetic, Knob
 
 MOST_SHARES = 1.0, 0.75  # how much of the range of sub-scales the largest step uses, from most to least
 CANDIDATES = 18
@@ -33,6 +33,11 @@ class ScaledGrid:
     limit: int
     levels: Even | Table
     span = 256
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the levels."""
+        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """A real scale for each step by search, then d and whole numbers near them, each step judged by its error."""

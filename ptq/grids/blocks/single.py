@@ -10,7 +10,7 @@ import torch
 
 from ptq.grids.blocks.levels import Even, Ramp, Table, half, half_nonzero, half_or_nan
 from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_ramp, search_scale, weighted_error
-from ptq.grids.grid import Knob
+from ptq.grids.grid import Arithmetic, Knob
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class SingleGrid:
     name: str
     span: int
     levels: Even | Table
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the levels."""
+        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Search and least squares for d, w and weight (R, c)."""
@@ -73,6 +78,11 @@ class RampGrid:
     name: str
     span: int
     levels: Ramp
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the levels."""
+        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Search and least squares; once m is rounded, d is the best for it."""
