@@ -63,9 +63,9 @@ def test_ramps_move_a_group_by_the_rounding_of_its_minimum(bits, name, size):
     assert tensor.grid.name == name and torch.equal(read_back(tensor), tensor.dequantize())
     minimum = (quantized.scale * quantized.zero)[:, quantized.g_idx.long()]
     moved = (tensor.dequantize() - quantized.dequantize()).abs()
-    # Half an ulp of fp16, and the fp32 sum of two terms of up to 2**bits scales.
-    assert bool((moved <= (minimum.abs() * 2**-11).clamp(min=2.0**-25) + 2**-23 * 2**bits * size * 5).all())
-    assert float(moved.max()) > 0
+    # Half an ulp of fp16, and the fp32 sum of two terms of up to 2**bits scales of up to 5 sizes.
+    assert bool((moved <= minimum.abs() * 2**-11 + 2**-23 * 2**bits * size * 5).all())
+    assert (float(moved.max()) > 0) == (size > 1e-3)  # small products are whole multiples of fp16's smallest number
 
 
 def test_groups_may_stand_in_any_order():

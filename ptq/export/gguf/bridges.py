@@ -3,8 +3,7 @@
 A group's values are scale * v with whole v = code - zero (halves at one bit). A type with one fp16 scale a block holds
 them exactly if its codes reach every v, or every -v with the scale's sign turned. Only asymmetric groups of 4 and 5
 bits go to a ramp, scale * code + m, where m = -scale * zero is rounded to fp16: all values of a group move by the same
-amount, at most 2**-11 of |m|, or 2**-25 where fp16 is subnormal. Asked for by name, Q5_0 holds those of 4 bits exactly,
-and Q8_0 those of 5.
+amount, at most 2**-11 of |m|. Asked for by name, Q5_0 holds those of 4 bits exactly, and Q8_0 those of 5.
 
 Legend: O outputs, I inputs, S blocks of a row.
 """
