@@ -36,7 +36,7 @@ _SIZES = {
 }
 
 
-def make_tiny(model_type, folder, *, dtype="float32", blocks=2, shards=1, seed=0, tie=None) -> Path:
+def make_tiny(model_type, folder, *, dtype="float32", blocks=2, shards=1, seed=0, tie=None, **sizes) -> Path:
     """Write a model, its tokenizer and its configs to `folder`.
 
     Args:
@@ -47,9 +47,10 @@ def make_tiny(model_type, folder, *, dtype="float32", blocks=2, shards=1, seed=0
         shards: With more than one, the file is split into at least so many, with an index.
         seed: Seed of the weights.
         tie: Whether lm_head shares the embedding; None leaves the family's default.
+        sizes: Values of the config that replace those of `_SIZES`.
     """
     folder = Path(folder)
-    config = AutoConfig.for_model(model_type, **_config_values(model_type, blocks, tie))
+    config = AutoConfig.for_model(model_type, **(_config_values(model_type, blocks, tie) | sizes))
     model = AutoModelForCausalLM.from_config(config).eval()
     _fill(model, torch.Generator().manual_seed(seed))
     model = model.to(getattr(torch, dtype))

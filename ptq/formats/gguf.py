@@ -1,5 +1,6 @@
 """llama.cpp files: which type a matrix gets, writing, reading back, sizes, and who loads them."""
 
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -25,7 +26,7 @@ NARROWER = {  # for rows that do not fill a type's blocks, the nearest types tha
     "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
 OUTER_TYPE = "Q6_K"  # of embedding and head, where the user does not say: hardly worse than F16
-OUTER = ("embed", "wte", "lm_head", "embed_out")
+EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "wte"), ("lm_head", "embed_out")
 CHUNK = 1 << 22  # weights of an embedding encoded at once
 
 
@@ -111,30 +112,15 @@ class GgufFormat:
         for i in blocks:
             for stored, _, _ in work.layout(i):
                 linear, _, ggml_type = stored.rpartition(".")
-                read = lambda i=i, stored=stored: work.read(i, stored).numpy()  # noqa: E731
+                read = partial(_kept, work, i, stored)
                 encoded[f"{linear}.weight"] = EncodedTensor(BY_NAME[ggml_type].number, read)
-        encoded |= self._outer(source)
+        encoded |= outer_tensors(source, self.spec.embed_type or OUTER_TYPE, self.spec.head_type or OUTER_TYPE)
         name = source.folder.resolve().name
         write_gguf(
             folder / f"{name}-{self.ggml_type}.gguf", source, encoded, config=streamed.config,
             tokenizer=load_tokenizer(source.folder), float_type=self._floats(), pre_tokenizer=self.spec.pre_tokenizer,
             extra=self._provenance(),
         )  # fmt: skip
-
-    def _outer(self, source) -> dict[str, EncodedTensor]:
-        """Embedding and head, rounded to nearest on fitted blocks."""
-        encoded = {}
-        for name in source.names():
-            shape = source.shape(name)
-            if len(shape) != 2 or not any(part in name for part in OUTER):
-                continue
-            wanted = self.spec.head_type if "lm_head" in name or "embed_out" in name else self.spec.embed_type
-            wanted = wanted or OUTER_TYPE
-            if wanted in FLOAT_TYPES:
-                continue
-            grid = GgufCodec(wanted).grid(shape[1])
-            encoded[name] = EncodedTensor(BY_NAME[grid.name].number, lambda n=name, g=grid: _rounded(source, n, g))
-        return encoded
 
     def _floats(self) -> str:
         given = [t for t in (self.spec.embed_type, self.spec.head_type) if t in FLOAT_TYPES]
@@ -175,6 +161,23 @@ class GgufFormat:
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the file."""
         return [Runtime("llama.cpp, Ollama, LM Studio", True, "")]
+
+
+def _kept(work, i, stored):
+    return work.read(i, stored).numpy()
+
+
+def outer_tensors(source, embed_type: str, head_type: str) -> dict[str, EncodedTensor]:
+    """Embedding and head, rounded to nearest on fitted blocks; nothing for types of floats."""
+    encoded = {}
+    for name in source.names():
+        shape = source.shape(name)
+        wanted = head_type if any(part in name for part in HEADS) else embed_type
+        if len(shape) != 2 or wanted in FLOAT_TYPES or not any(part in name for part in (*HEADS, *EMBEDDINGS)):
+            continue
+        grid = GgufCodec(wanted).grid(shape[1])
+        encoded[name] = EncodedTensor(BY_NAME[grid.name].number, partial(_rounded, source, name, grid))
+    return encoded
 
 
 def _rounded(source, name, grid):

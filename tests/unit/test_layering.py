@@ -16,6 +16,7 @@ LAYERS = {
     "ptq.evaluate": (
         "ptq.load", "ptq.defaults", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
     ),
+    "ptq.export.__main__": ("ptq.convert", "ptq.console"),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
@@ -24,6 +25,9 @@ LAYERS = {
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats", "ptq.memory",
         "ptq.reload", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+    ),
+    "ptq.convert": (
+        "ptq.export", "ptq.formats", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
     ),
     "ptq.formats": (
         "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.qtensor", "ptq.quantizers", "ptq.reload",
@@ -52,7 +56,7 @@ LAYERS = {
     "ptq.demo": (),
     "calibration": (),
 }  # fmt: skip
-COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate")
+COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.export.__main__")
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
