@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_one_line_and_no_file(folder, capsys):
     asym = packed(folder, source, bits=2, group_size=64, sym=False)
     ragged = packed(folder, source, out="ragged", bits=4, group_size=48)
     refused(capsys, export, [asym, "--type", "Q2_0"], "mlp.down_proj", "Q2_0", "python -m ptq.quantize", "--type Q2_K")
-    refused(capsys, export, [ragged], "self_attn.q_proj", "groups of 48")
+    refused(capsys, export, [ragged], "mlp.down_proj", "groups of 48", "--type Q4_K")
     refused(capsys, export, [source, "--type", "Q2_K"], "python -m ptq.quantize --format gguf --type Q2_K")
     refused(capsys, export, [folder / "nothing"], "nothing")
     (folder / "there.gguf").write_bytes(b"mine")
