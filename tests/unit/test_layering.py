@@ -13,11 +13,17 @@ OWN = ("calibration", "ptq")
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.spec", "calibration"),
-    "ptq.evaluate": (
-        "ptq.load", "ptq.pipeline", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
+    "ptq.evaluate": ("ptq.measure", "ptq.pipeline", "ptq.console", "ptq.evaluation", "calibration"),
+    "ptq.baselines.__main__": (
+        "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
+        "calibration",
     ),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
+    "ptq.baselines": (
+        "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.spec", "ptq.workdir", "calibration",
+    ),
+    "ptq.measure": ("ptq.load", "ptq.pipeline", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.pipeline", "calibration"),
     "ptq.load": ("ptq.pipeline", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.console": ("calibration",),
@@ -42,9 +48,10 @@ LAYERS = {
     "ptq.clock": (),
     "ptq.memory": (),
     "ptq.demo": (),
+    "ptq.document": (),
     "calibration": (),
 }  # fmt: skip
-COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate")
+COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.baselines.__main__")
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
