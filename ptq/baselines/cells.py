@@ -40,20 +40,24 @@ def run_cell(cell: Cell, settings: Settings, folder: Path, *, keep: bool) -> dic
     Returns:
         The result, or {"error": one line}, which the next run tries again.
     """
-    if (folder / RESULT).exists():
+    code = 0 if (folder / RESULT).exists() else _in_a_process(cell, settings, folder)
+    if code == 0 and not keep:
+        shutil.rmtree(folder / ARTEFACT, ignore_errors=True)
+    if code == 0:
         return json.loads((folder / RESULT).read_bytes())
+    if (folder / ERROR).exists():
+        return {"error": (folder / ERROR).read_text(encoding="utf-8")}
+    return {"error": f"its process ended with {_exit_text(code)}"}
+
+
+def _in_a_process(cell, settings, folder) -> int:
+    """Its exit status; negative for a signal."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     child = multiprocessing.get_context("fork").Process(target=_child, args=(cell, settings, folder, os.getpid()))
     child.start()
     child.join()
-    if child.exitcode == 0 and not keep:
-        shutil.rmtree(folder / ARTEFACT, ignore_errors=True)
-    if child.exitcode == 0:
-        return json.loads((folder / RESULT).read_bytes())
-    if (folder / ERROR).exists():
-        return {"error": (folder / ERROR).read_text(encoding="utf-8")}
-    return {"error": f"its process ended with {_exit_text(child.exitcode)}"}
+    return child.exitcode
 
 
 def _child(cell, settings, folder, parent):

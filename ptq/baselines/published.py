@@ -13,6 +13,8 @@ POST_TRAINING = ("GPTQ", "OmniQuant", "AutoGPTQ")
 PERPLEXITIES = {"PPL": "perplexity of an unnamed text", "Wikitext2": "wikitext2 perplexity", "C4": "c4 perplexity"}
 SIZES = ("Checkpoint Size (GiB)", "model size")
 
+NO_FIGURE = ("n/a", "N/A", "-")
+
 NO_TEXT = "text and windows of this perplexity are not stated"
 NO_WINDOWS = "windows of this perplexity are not stated"
 NO_MODEL = "the document does not name its model"
@@ -28,7 +30,7 @@ def published_entries(sources: Iterable[str]) -> list[Row]:
     figures = defaultdict(list)
     for row in published_rows():
         if row.source in sources:
-            figures[row.source, row.table, row.model, row.bits, row.group, row.method, row.teacher].append(row)
+            figures[row.source, row.model, row.bits, row.group, row.method, row.teacher].append(row)
     entries = [_entry(rows, doubts) for rows in figures.values()]
     return _merged(entries)
 
@@ -41,7 +43,7 @@ def entries_of(model: Model, entries: Iterable[Row]) -> list[Row]:
 def without_comparison(row: Row, settings: Settings, stand_in: bool) -> Row:
     """A row whose figures say what keeps them from being compared with measured ones."""
     for label, figure in row.figures.items():
-        reason = _reason(row, label, settings)
+        reason = "" if figure.value in NO_FIGURE else _reason(row, label, settings)
         if reason:
             figure.notes.append(reason)
         figure.comparable = not (reason or stand_in or figure.doubted)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ptq.baselines.grid import FULL, Cell
 
 MEASURED = "measured"
-TRAINED, ROUNDED, UNQUANTIZED = "trained (QAT)", "after training (PTQ)", "not quantized"
+TRAINED, ROUNDED, UNQUANTIZED = "QAT", "PTQ", ""  # with the training, after it, not at all
 SIZE = "file, GiB"
 PERCENT = ("", "acc", "acc_norm", "exact_match", "f1", "em")  # "": an average of such
 GIB = 2**30
@@ -30,7 +30,7 @@ class Row:
     Attributes:
         origin: MEASURED, or the keys of the published sources.
         name: What was measured, or the model's name in the document.
-        kind: Trained, rounded or not quantized.
+        kind: TRAINED, ROUNDED or UNQUANTIZED.
         method: Who or what quantized.
         bits: Bits of a weight, as the method counts them.
         group: Weights that share a scale.
@@ -56,6 +56,11 @@ class Row:
     memory: str = ""
     figures: dict[str, Figure] = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def recipe(self) -> str:
+        """Method, kind and teacher in words."""
+        return ", ".join(filter(None, (self.method, self.kind, self.teacher and f"teacher {self.teacher}")))
 
     @property
     def measured(self) -> bool:
@@ -106,11 +111,18 @@ def _short(value):
 def _add_costs(row, result):
     bits, calibration = result["bits_per_weight"], result["calibration"]
     row.true_bits = (f"{bits['linears']:.2f}", f"{bits['after']:.2f}")
-    row.minutes = f"{'≥ ' if result['resumed'] else ''}{result['seconds'] / 60:.1f}"
+    row.minutes = _minutes(result["seconds"], result["resumed"])
     row.memory = ", ".join(f"{n / 1e9:.1f} GB{' GPU' if kind == 'gpu' else ''}" for kind, n in
                            result["peak_memory_bytes"].items())  # fmt: skip
     row.calibration = "none" if calibration is None else _text_of(calibration)
     row.figures[SIZE] = Figure(f"{result['file_bytes']['after'] / GIB:.3g}")
+
+
+def _minutes(seconds, resumed):
+    """Of a resumed run only the last part is known."""
+    if resumed:
+        return f"> {seconds / 60:.1f}"
+    return "< 0.1" if seconds < 6 else f"{seconds / 60:.1f}"
 
 
 def _text_of(calibration):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ptq.baselines.rows import Figure, Row, Section, labels
 
-WHO = ("", "method", "bits", "group")
+WHO = ("model", "method", "bits", "group")
 COSTS = ("bits per weight, linears", "whole file", "calibration", "minutes", "memory")
 CSV_HEAD = (
     "section", "origin", "model", "kind", "method", "bits", "group", "teacher", "bits_per_weight_linears",
@@ -48,7 +48,7 @@ def section_tables(section: Section) -> list[tuple[list[str], list[tuple[Row, li
 
 
 def _who(row):
-    return [row.name, " ← ".join(part for part in (row.method, row.teacher) if part), row.bits, row.group]
+    return [row.name, row.recipe, row.bits, row.group]
 
 
 def _costs(row):
@@ -62,7 +62,7 @@ def markdown(title: str, head: Iterable[str], sections: Iterable[Section]) -> st
         lines += ["", f"## {section.title}", "", *([section.remark, ""] if section.remark else [])]
         for number, (heads, rows) in enumerate(section_tables(section)):
             lines += [""] if number else []
-            lines += [_line(["", *heads]), "|" + "---|" * (len(heads) + 1)]
+            lines += [_line(["from", *heads]), "|" + "---|" * (len(heads) + 1)]
             lines += [_line([row.origin, *(_cell(cell, notes) for cell in with_error(row, cells))])
                       for row, cells in rows]  # fmt: skip
     if notes.numbers:
