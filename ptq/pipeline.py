@@ -7,6 +7,7 @@ refused before the walk; the output folder appears only when all of it is true.
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from ptq.export.runtimes import runtimes
 from ptq.export.shards import tensor_bytes
 from ptq.memory import peak_memory
 from ptq.reload import GptqCheckpoint
+from ptq.report.card import python_call
+from ptq.report.facts import bytes_by_part, weight_histograms
+from ptq.report.files import write_card, write_page
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS, Walk, digest
@@ -58,6 +62,7 @@ def quantize_model(
     activation_budget: int | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
+    command: str | None = None,
 ) -> Artefact:
     """Quantizes a Hugging Face model folder into a packed GPTQ folder.
 
@@ -76,12 +81,15 @@ def quantize_model(
             of the machine's memory. Does not change the result.
         resume: Go on with an interrupted run.
         trust_remote_code: Let the checkpoint bring its own model code.
+        command: What to print as the way to make this artefact; None for this call.
 
     Raises:
         InputError: Anything the user can mend; nothing is left behind.
         OSError: The disk failed; finished blocks stay in the work folder for resume.
     """
     clock, spec = Clock(), spec or QuantSpec()
+    text_flags = {"calibration": calibration, "samples": samples, "seqlen": seqlen, "heldout": heldout}
+    command = command or python_call(model, spec, **text_flags)
     check_bits(spec.bits)
     is_demo = model is None
     checkpoint = open_checkpoint(DEMO if is_demo else model, trust_remote_code=trust_remote_code)
@@ -102,7 +110,7 @@ def quantize_model(
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
-    job = _Job(streamed, spec, linears, drawn, text, windows, clock, budget)
+    job = _Job(streamed, spec, linears, drawn, text, windows, clock, budget, command)
     if os.path.lexists(out):
         return _finished_before(out, job.identity)
     work = WorkFolder(out, job.identity, resume=resume)
@@ -130,6 +138,7 @@ class _Job:
     windows: torch.Tensor | None
     clock: Clock
     budget: int
+    command: str
 
     @property
     def identity(self) -> dict:
@@ -164,17 +173,30 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     report = {
         "identity": job.identity,
         "model": checkpoint.folder.resolve().name,
+        "command": job.command,
         "perplexity": perplexity,
         **_sizes(checkpoint, packed, job.linears),
         "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
         "peak_memory_bytes": peak_memory(job.streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
+        "bytes": bytes_by_part(packed.packed),
+        "histograms": weight_histograms(checkpoint, packed, per_linear),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    _describe(folder, report, work.out)
     work.publish(folder)
     return report
+
+
+def _describe(folder, report, out):
+    """Page and model card; a fault in them does not cost the artefact."""
+    try:
+        write_page(folder, report)
+        write_card(folder, report, str(out))
+    except Exception as error:  # drawing is a large library's work
+        print(f"warning: no report.html or README.md: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def default_name(model: str, spec: QuantSpec) -> str:

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from ptq.baselines.grid import Grid, Model, Settings
+from ptq.evaluation.published import models
 
-TINYLLAMA = Model("TinyLlama/TinyLlama_v1.1", "TinyLlama 1.1B", "tinyllama")
-LLAMA_3_2_3B = Model("meta-llama/Llama-3.2-3B", "Llama-3.2-3B", r"llama-3\.2-3b")
-LLAMA_2_7B = Model("meta-llama/Llama-2-7b-hf", "Llama-2-7B", r"llama-2[- ]7b(?!-chat)")
-LLAMA_1_7B = Model("huggyllama/llama-7b", "LLaMA-1-7B", r"llama-1[- ]7b")
-OPEN_LLAMA_3B = Model("openlm-research/open_llama_3b", "OpenLLaMA 3B", r"llama 3b")
-STARCODER_3B = Model("bigcode/starcoderbase-3b", "StarCoderBase-3B", "starcoderbase-3b")
+TINYLLAMA = Model("TinyLlama/TinyLlama_v1.1", "TinyLlama 1.1B", models.TINYLLAMA)
+LLAMA_3_2_3B = Model("meta-llama/Llama-3.2-3B", "Llama-3.2-3B", models.LLAMA_3_2_3B)
+LLAMA_2_7B = Model("meta-llama/Llama-2-7b-hf", "Llama-2-7B", models.LLAMA_2_7B)
+LLAMA_1_7B = Model("huggyllama/llama-7b", "LLaMA-1-7B", models.LLAMA_1_7B)
+OPEN_LLAMA_3B = Model("openlm-research/open_llama_3b", "OpenLLaMA 3B", models.OPEN_LLAMA_3B)
+STARCODER_3B = Model("bigcode/starcoderbase-3b", "StarCoderBase-3B", models.STARCODER_3B)
 # The document names its model nowhere; every row of it is meant, and none compares.
 UNNAMED = Model(TINYLLAMA.source, "a model that the document does not name", "teacher|quant_1")
 KNOWN = (TINYLLAMA, LLAMA_3_2_3B, LLAMA_2_7B, LLAMA_1_7B, OPEN_LLAMA_3B, STARCODER_3B)

@@ -1,12 +1,12 @@
 """Published figures as rows of a table: one row a model of a document, with its doubts and what does not compare."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from ptq.baselines.grid import Model, Settings
 from ptq.baselines.rows import ROUNDED, SIZE, TRAINED, UNQUANTIZED, Figure, Row
 from ptq.evaluation.published.doubts import find_doubts
+from ptq.evaluation.published.models import is_spelled
 from ptq.evaluation.published.rows import AVERAGES, SOURCES, PublishedRow, published_rows
 
 POST_TRAINING = ("GPTQ", "OmniQuant", "AutoGPTQ")
@@ -37,7 +37,7 @@ def published_entries(sources: Iterable[str]) -> list[Row]:
 
 def entries_of(model: Model, entries: Iterable[Row]) -> list[Row]:
     """Those that a document spells like a model."""
-    return [entry for entry in entries if re.search(model.spelling, entry.name, re.IGNORECASE)]
+    return [entry for entry in entries if is_spelled(model.spelling, entry.name)]
 
 
 def without_comparison(row: Row, settings: Settings, stand_in: bool) -> Row:

@@ -18,6 +18,9 @@ LAYERS = {
         "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
         "calibration",
     ),
+    "ptq.report.__main__": (
+        "ptq.continuation", "ptq.load", "ptq.pipeline", "ptq.report", "ptq.console", "calibration",
+    ),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.baselines": (
@@ -26,11 +29,11 @@ LAYERS = {
     "ptq.measure": ("ptq.load", "ptq.pipeline", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.pipeline", "calibration"),
     "ptq.load": ("ptq.pipeline", "ptq.reload", "ptq.streamed", "calibration"),
-    "ptq.console": ("calibration",),
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.memory", "ptq.reload",
-        "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.report", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
     ),
+    "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
         "ptq.clock", "ptq.grids", "ptq.memory", "ptq.quantizers", "ptq.streamed", "ptq.workdir", "calibration",
@@ -49,9 +52,10 @@ LAYERS = {
     "ptq.memory": (),
     "ptq.demo": (),
     "ptq.document": (),
+    "ptq.console": ("calibration",),
     "calibration": (),
 }  # fmt: skip
-COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.baselines.__main__")
+COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.baselines.__main__", "ptq.report.__main__")
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 
