@@ -8,7 +8,7 @@ from ptq.document import Markup, document, element, table
 from ptq.evaluation.published.doubts import find_doubts
 from ptq.evaluation.published.models import rows_like
 from ptq.evaluation.published.rows import published_rows
-from ptq.report.plots import bars, heat_map, histogram, parts_of_the_file
+from ptq.report.plots import bars, heat_map, histogram, is_logarithmic, parts_of_the_file
 
 PERPLEXITIES = {"PPL": "text not stated", "Wikitext2": "wikitext2", "C4": "c4"}
 WORST = 10
@@ -86,7 +86,9 @@ def _perplexity(report):
     if published:
         caption += " Outlined: published figures of this model at these bits, as printed; texts and windows differ, so"
         caption += " they show an order of magnitude and do not compare."
-    notes = list(dict.fromkeys(text for *_, doubts in published for text in doubts))
+    if published and is_logarithmic(values):
+        caption += " Lengths are logarithmic."
+    notes = [f"{label}: {text}" for label, _, doubts in published for text in doubts]
     yield from (element("h2", "Perplexity"), _figure(figure, caption))
     if notes:
         yield element("ul", *(element("li", text) for text in notes), class_="notes")
@@ -121,20 +123,30 @@ def _errors(linears):
     worst = sorted(linears, key=lambda linear: -linears[linear]["error"])[:WORST]
     steps = [("error", "error"), ("error_gptq", "before refinement"), ("error_rtn", "plain rounding")]
     steps = [(key, head) for key, head in steps if all(key in linears[linear] for linear in worst)]
-    rows = [("", [linear, *(f"{linears[linear][key]:.3g}" for key, _ in steps)]) for linear in worst]
+    rows = [("", [_in_its_block(linear), *(f"{linears[linear][key]:.3g}" for key, _ in steps)]) for linear in worst]
     yield from (element("h2", "Error"), _figure(figure, caption), element("p", "The largest:", class_="quiet"))
     yield table(["linear", *(head for _, head in steps)], rows)
 
 
+def _in_its_block(linear):
+    block, kind = _place(linear)
+    return f"block {block}, {kind}"
+
+
 def _by_kind_and_block(linears):
-    """Linears' names inside a block, and errors by block and name: model.layers.3.mlp.up_proj is mlp.up_proj of 3."""
+    """Names of linears inside a block, and errors by block and name."""
     blocks = defaultdict(dict)
     for linear, entry in linears.items():
-        before, _, kind = linear.rpartition(".")
-        number = next(int(part) for part in before.split(".") if part.isdigit())
-        where = before.split(f".{number}")[-1].lstrip(".")
-        blocks[number][f"{where}.{kind}".lstrip(".")] = entry["error"]
+        block, kind = _place(linear)
+        blocks[block][kind] = entry["error"]
     return list(dict.fromkeys(kind for of_block in blocks.values() for kind in of_block)), dict(sorted(blocks.items()))
+
+
+def _place(linear) -> tuple[int, str]:
+    """model.layers.3.mlp.up_proj is mlp.up_proj of block 3."""
+    parts = linear.split(".")
+    at = next(i for i, part in enumerate(parts) if part.isdigit())
+    return int(parts[at]), ".".join(parts[at + 1 :])
 
 
 def _bits(report):
@@ -152,7 +164,7 @@ def _histograms(report):
         return
     yield element("h2", "Weights before and after")
     figures = (
-        _figure(histogram(h["low"], h["high"], h["before"], h["after"], f"weights{n}"), linear)
+        _figure(histogram(h["low"], h["high"], h["before"], h["after"], f"weights{n}"), _in_its_block(linear))
         for n, (linear, h) in enumerate(found.items())
     )
     yield element(

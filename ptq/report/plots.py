@@ -73,7 +73,7 @@ def bars(
     """
     figure = new_figure(5.2, 0.35 + 0.3 * len(labels))
     axes = figure.subplots()
-    logarithmic = max(values) > LOG_FROM * min(values) and min(values) > 0 and not all(own)
+    logarithmic = is_logarithmic(values) and not all(own)
     if logarithmic:
         axes.set_xscale("log")
     start = min(values) / 2 if logarithmic else 0.0
@@ -89,6 +89,11 @@ def bars(
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)
     return inline(figure, name, what)
+
+
+def is_logarithmic(values: Sequence[float]) -> bool:
+    """Whether lengths differ so much that the short ones would vanish."""
+    return min(values) > 0 and max(values) > LOG_FROM * min(values)
 
 
 def _with_room(longest, letters, start):

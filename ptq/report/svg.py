@@ -83,4 +83,4 @@ def _attributes(node, linked, name):
 def _style(value):
     for color, variable in VARIABLES.items():
         value = value.replace(color, f"var(--{variable})")
-    return re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
+    return re.sub(r"font-family: [^;]*;? ?", "", re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value))
