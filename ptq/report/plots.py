@@ -3,28 +3,13 @@
 import math
 from collections.abc import Sequence
 
-import matplotlib
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
-
 from ptq.console import size_text
 from ptq.document import Markup
-from ptq.report.svg import ACCENT, INK, QUIET, RULE, SECOND, STYLE, inline, new_figure
+from ptq.report.svg import ACCENT, INK, QUIET, RULE, SECOND, inline, new_figure, styled
 
 PALEST, STRONGEST = 0.06, 0.8
 FEW_BLOCKS = 12  # so many have their numbers in the map
 LOG_FROM = 30  # bars whose lengths differ more stand on a logarithmic axis
-
-
-def styled(draw):
-    """Draws in the page's style."""
-
-    def drawn(*arguments, **options):
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    drawn.__doc__ = draw.__doc__
-    return drawn
 
 
 @styled
@@ -39,20 +24,18 @@ def heat_map(errors: Sequence[Sequence[float | None]], kinds: Sequence[str], nam
     blocks, few = len(errors[0]), len(errors[0]) <= FEW_BLOCKS
     figure = new_figure(2.2 + blocks * (0.62 if few else 0.2), 0.7 + 0.3 * len(kinds))
     axes = figure.subplots()
-    known = [math.log(error) for row in errors for error in row if error]
-    low, width = (min(known), max(known) - min(known) or 1.0) if known else (0.0, 1.0)
+    logs = [math.log(error) for row in errors for error in row if error] or [0.0]
+    low, width = min(logs), max(logs) - min(logs) or 1.0
     for y, row in enumerate(errors):
-        for x, error in enumerate(row):
-            if error is None:
-                continue
-            depth = (math.log(error) - low) / width if error else 0.0
-            alpha = PALEST + (STRONGEST - PALEST) * depth
-            axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, color=ACCENT, alpha=alpha, lw=0))
-            if few:
-                axes.text(x, y, f"{error:.2g}", ha="center", va="center", fontsize=7.5)
+        known = [(x, error) for x, error in enumerate(row) if error is not None]
+        depths = [(math.log(error) - low) / width if error else 0.0 for _, error in known]
+        colors = [(ACCENT, PALEST + (STRONGEST - PALEST) * depth) for depth in depths]
+        axes.barh([y] * len(known), 0.94, 0.92, [x - 0.47 for x, _ in known], color=colors, linewidth=0)
+        for x, error in known if few else ():
+            axes.text(x, y, f"{error:.2g}", ha="center", va="center", fontsize=7.5)
     axes.set(xlim=(-0.5, blocks - 0.5), ylim=(len(kinds) - 0.5, -0.5), xlabel="block")
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(blocks, 16)))
+    axes.locator_params(axis="x", integer=True, nbins=min(blocks, 16))
     _bare(axes)
     return inline(figure, name, "error of each linear in each block", "broad")
 
@@ -124,7 +107,7 @@ def histogram(low: float, high: float, before: Sequence[int], after: Sequence[in
     axes.grid(axis="y", color=RULE, lw=0.5)
     axes.set_axisbelow(True)
     axes.minorticks_off()
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.locator_params(axis="x", nbins=5)
     axes.tick_params(length=2, labelsize=8)
     return inline(figure, name, "weights before and after")
 

@@ -94,7 +94,7 @@ def test_published_figures_of_the_same_model_and_bits():
 
 def test_the_heat_map_has_a_cell_for_each_linear():
     maps = re.findall(r"<svg[^>]*error of each linear.*?</svg>", page(record(5)), re.DOTALL)[0]
-    depths = [float(depth) for depth in re.findall(r"fill: var\(--accent\); opacity: ([\d.]+)", maps)]
+    depths = [float(depth) for depth in re.findall(r"fill: var\(--accent\); fill-opacity: ([\d.]+)", maps)]
     assert len(depths) == 5 * len(KINDS) and min(depths) == 0.06 and max(depths) == 0.8
     assert depths == sorted(depths[:5]) * 2  # errors grow with the block
 
