@@ -28,7 +28,7 @@ from ptq.spec import CHECKPOINT_FORMATS, METHODS
 from ptq.workdir import write_atomically
 
 EXAMPLES = """examples:
-  python -m ptq.baselines --preset bitdistiller --tasks qat --out tables/bitdistiller
+  python -m ptq.baselines --preset bitdistiller --tasks --out tables/bitdistiller
   python -m ptq.baselines --preset greenbit --stand-in demo --out tables/try
   python -m ptq.baselines --models ./my-model --bits 2 3 4 --groups 64 128 --texts held-out.txt --out tables/mine
   python -m ptq.baselines --config grid.toml --out tables/mine
@@ -38,7 +38,7 @@ OUT gets table.md, table.csv and table.html, written anew after each cell. A kil
 cells that failed are tried again.
 """
 AXES = ("methods", "bits", "groups", "formats")
-DEMO_NAME = "demo"
+DEMO_NAME, OWN_TASKS = "demo", ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,8 +64,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--samples", type=int, metavar="N", help="rows of calibration text (default: 128)")
     how.add_argument("--seqlen", type=int, metavar="N", help="tokens in a row and in a window")
     how.add_argument("--asym", action="store_true", default=None, help="a zero point per group")
-    how.add_argument("--tasks", metavar="PRESET|NAME,NAME", help="also ask these tasks (default: none)")
-    how.add_argument("--limit", type=int, metavar="N", help="questions of each task")
+    how.add_argument("--tasks", metavar="PRESET|NAME,NAME", nargs="?", const=OWN_TASKS,
+                     help="also ask tasks; without names, the preset's own (default: none)")  # fmt: skip
+    how.add_argument("--limit", type=int, metavar="N", help="questions of each task, documents of protocol lm-eval")
     how.add_argument("--data-dir", metavar="DIR", help="questions from DIR/TASK.jsonl")
     how.add_argument("--seed", type=int, metavar="N", help="draws the calibration rows")
     how.add_argument("--device", help="auto, cpu, cuda or cuda:N")
@@ -162,9 +163,10 @@ def _settings(args) -> Settings:
     given = {name: value for name, value in given.items() if value is not None}
     if "texts" in given:
         given["texts"] = tuple(given["texts"])
-    for name in ("max_tokens", "samples", "seqlen", "limit"):
-        if given.get(name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {given[name]} must be at least 1")
+    if given.get("tasks") == OWN_TASKS:
+        if args.preset is None:
+            raise InputError("--tasks names no task; only a --preset has its own")
+        given["tasks"] = PRESETS[args.preset].tasks
     return replace(base, **given)
 
 

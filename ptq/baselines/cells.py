@@ -119,7 +119,8 @@ def _perplexities(path, settings) -> list[Score]:
     if settings.protocol == "lm-eval":
         data_dir = None if settings.data_dir is None else Path(settings.data_dir)
         tasks = [whole_documents(text, data_dir) for text in settings.texts]
-        found = [task_scores(path, task, cache=default_cache(), seqlen=settings.seqlen, **how) for task in tasks]
+        how |= {"cache": default_cache(), "seqlen": settings.seqlen, "limit": settings.limit}
+        found = [task_scores(path, task, **how) for task in tasks]
         return [score for scores in found for score in scores]
     model, scores = open_streamed(path, **how), []
     for text in settings.texts:

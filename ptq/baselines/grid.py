@@ -32,16 +32,19 @@ class Model:
 class Settings:
     """What all cells share and what decides their figures.
 
+    Raises:
+        InputError: A number is not positive, or the protocol has no use for one.
+
     Attributes:
         texts: Texts of the perplexity: corpus names or files.
         protocol: Of the perplexity.
-        max_tokens: Of each text; None for all of it.
+        max_tokens: Of each text; None for all of it. Protocol lm-eval takes whole documents.
         calibration: Corpus name or file.
         samples: Rows of calibration text.
         seqlen: Tokens in a row and in a window; None for the usual ones.
         asym: A zero point per group.
         tasks: Preset or names of tasks; None for none.
-        limit: Questions of each task; None for all.
+        limit: Questions of each task, documents of protocol lm-eval; None for all.
         data_dir: Folder of local questions.
         seed: Draws the calibration rows.
         device: As choose_device.
@@ -61,6 +64,14 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self):
+        for name in ("max_tokens", "samples", "seqlen", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.protocol == "lm-eval" and self.max_tokens is not None:
+            raise InputError("--protocol lm-eval takes whole documents: no --max-tokens; --limit counts documents")
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""

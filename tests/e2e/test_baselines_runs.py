@@ -90,10 +90,8 @@ def test_the_measure_is_that_of_evaluate_and_settings_do_not_mix(tiny, tmp_path,
 @pytest.mark.parametrize("preset", ["bitdistiller", "onebit", "starcoder", "greenbit"])
 def test_presets_on_the_embedded_model(preset, tmp_path):
     """Two minutes each; killed twice on the way."""
-    flags = ["--preset", preset, "--stand-in", "demo", "--samples", 2, "--seqlen", 64, "--max-tokens", 1024]
-    if preset == "onebit":  # whole documents, however short
-        (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
-        flags = [*flags, "--texts", tmp_path / "text.txt"]
+    some = ["--limit", 2] if preset == "onebit" else ["--max-tokens", 1024]
+    flags = ["--preset", preset, "--stand-in", "demo", "--samples", 2, "--seqlen", 64, *some]
     out = tmp_path / "out"
     arguments = [*flags, "--out", out]
     killed(arguments, lambda: any(out.glob("cells/*-rtn/result.json")))

@@ -1,6 +1,7 @@
 """Tables of baselines: every published figure with its doubts, the order of cells, and what is refused."""
 
 import csv
+import fcntl
 import io
 import re
 
@@ -150,12 +151,28 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "has its own models" in refused(capsys, "--preset", "onebit", "--models", "m")
     assert "--published x: is not one of" in refused(capsys, "--models", "m", "--published", "x")
     assert "--samples 0 must be" in refused(capsys, "--models", "m", "--samples", "0")
+    assert "--tasks names no task" in refused(capsys, "--models", "m", "--tasks")
+    assert "takes whole documents" in refused(capsys, "--preset", "onebit", "--max-tokens", "9")
     assert "no.toml" in refused(capsys, "--config", "no.toml")
     (tmp_path / "g.toml").write_text("bits = [")
     assert "g.toml: not TOML" in refused(capsys, "--config", "g.toml")
     (tmp_path / "g.toml").write_text('color = "red"')
     assert "'color' is no flag" in refused(capsys, "--config", "g.toml")
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_one_process_fills_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with open("out/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "out: another process is filling these tables" in refused(capsys, "--models", "m")
+
+
+def test_a_presets_own_tasks():
+    args = command.parser().parse_args(["--out", "o", "--preset", "bitdistiller", "--stand-in", "demo", "--tasks"])
+    settings = command._settings(args)
+    assert settings.tasks == "qat" and settings.texts == ("stdlib",) and settings.calibration == "stdlib"
 
 
 def test_flags_from_a_file_and_over_it(tmp_path):
