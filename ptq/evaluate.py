@@ -2,24 +2,19 @@
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 
-from calibration.corpora import CORPORA, load_documents
+from calibration.corpora import CORPORA
 from calibration.errors import InputError
-from calibration.tokens import heldout_tokens, is_token_file, leading_special_tokens
 from ptq.console import run_command, table
-from ptq.defaults import choose_device, choose_dtype, default_budget, window_length
+from ptq.defaults import default_budget
 from ptq.evaluation.divergence import measure_divergence
-from ptq.evaluation.harness import Score, answer_store, document_tasks, load_tasks, preset_average, run_tasks
-from ptq.evaluation.perplexity import WINDOWS, measure_perplexity, prepare_windows
+from ptq.evaluation.harness import load_tasks, preset_average
+from ptq.evaluation.perplexity import measure_perplexity
 from ptq.evaluation.tasks import PRESETS, choose_tasks
-from ptq.load import load_model
-from ptq.reload import open_tokenizer, open_weights
-from ptq.streamed import StreamedModel
+from ptq.measure import PROTOCOLS, default_cache, open_streamed, protocol_windows, task_scores, whole_documents
 
-PROTOCOLS = (*WINDOWS, "lm-eval")
 EPILOG = """protocols, never to be mixed:
   gptq       windows of 2048 tokens that do not overlap, cut from the joined text; every token but the first counts
   llama.cpp  as llama-perplexity: windows of 512 that begin with bos; the second half counts
@@ -46,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
     tasks.add_argument("--data-dir", type=Path, metavar="DIR", help="questions from DIR/TASK.jsonl, not from the hub")
     tasks.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests in a forward (default: 8)")
-    tasks.add_argument("--cache", type=Path, default=_default_cache(), metavar="DIR",
+    tasks.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR",
                        help="answers are kept here and not asked again (default: ~/.cache/ptq)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -70,10 +65,6 @@ def _evaluate(args):
         _windows(args)
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq"
-
-
 def _tasks(args):
     for flag, value in (("--text", args.text), ("--max-tokens", args.max_tokens), ("--reference", args.reference)):
         if value is not None:
@@ -92,28 +83,19 @@ def _tasks(args):
 def _documents(args):
     if args.max_tokens is not None or args.reference is not None:
         raise InputError("--protocol lm-eval takes whole documents: no --max-tokens, and no --reference")
-    if args.text is None and args.corpus == "wikitext2":
-        tasks = load_tasks(("wikitext",), args.data_dir)
-    elif is_token_file(args.text or ""):
-        raise InputError(f"{args.text}: --protocol lm-eval counts words and bytes, and token rows have none")
-    else:
-        tasks = document_tasks(load_documents(_source(args), "heldout", needed_characters=None))
-    scores = _scores(args, tasks)
+    scores = _scores(args, whole_documents(_source(args), args.data_dir))
     if args.json:
         print(json.dumps({"scores": [s.as_dict() for s in scores], "protocol": "lm-eval", "text": _source(args)}))
     else:
         print(_score_table(scores, []))
 
 
-def _scores(args, tasks) -> list[Score]:
-    for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size), ("--seqlen", args.seqlen)):
+def _scores(args, tasks):
+    counts = {"limit": args.limit, "batch_size": args.batch_size, "seqlen": args.seqlen}
+    for name, value in counts.items():
         if value is not None and value < 1:
-            raise InputError(f"{flag} {value} must be at least 1")
-    loaded = load_model(args.path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    length = None if args.seqlen is None else window_length(loaded.model.config, args.seqlen)
-    store = answer_store(loaded.folder, loaded.model, args.cache, length)
-    options = {"batch_size": args.batch_size, "limit": args.limit, "max_length": length}
-    return run_tasks(loaded.model, loaded.tokenizer, tasks, store, **options)
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    return task_scores(args.path, tasks, cache=args.cache, **counts, **_how(args))
 
 
 def _score_table(scores, more):
@@ -126,15 +108,16 @@ def _plus_minus(error):
 
 
 def _windows(args):
-    model = _streamed(args.path, args)
-    windows, skip = _held_out(args, model)
+    model = open_streamed(args.path, **_how(args))
+    cut = {"seqlen": args.seqlen, "max_tokens": args.max_tokens, "trust_remote_code": args.trust_remote_code}
+    windows, skip = protocol_windows(model, _source(args), args.protocol, **cut)
     with tempfile.TemporaryDirectory(prefix="ptq-") as folder:
         spill = {"spill": Path(folder), "budget": default_budget()}
         if args.reference is None:
             result = measure_perplexity(model, windows, skip=skip, **spill)
             lines = [_perplexity_line(result, args)]
         else:
-            result = measure_divergence(model, _streamed(args.reference, args), windows, skip=skip, **spill)
+            result = measure_divergence(model, open_streamed(args.reference, **_how(args)), windows, skip=skip, **spill)
             lines = _divergence_lines(result, args)
     if args.json:
         print(json.dumps({**result.as_dict(), "protocol": args.protocol, "text": _source(args)}))
@@ -142,28 +125,8 @@ def _windows(args):
         print("\n".join(lines))
 
 
-def _streamed(path, args) -> StreamedModel:
-    weights, device = open_weights(path, trust_remote_code=args.trust_remote_code), choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device, weights.config)
-    return StreamedModel(weights, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
-
-
-def _held_out(args, model):
-    """Windows (n, seqlen) and how many leading positions of each do not count."""
-    source, folder, config = _source(args), model.checkpoint.folder, model.config
-    tokenizer = open_tokenizer(model.checkpoint, trust_remote_code=args.trust_remote_code)
-    if tokenizer is None and not is_token_file(source):
-        raise InputError(f"{folder}: has no usable tokenizer; give --text a .npy file of ids")
-    usual = min(WINDOWS[args.protocol], window_length(config, None))
-    windows = heldout_tokens(
-        tokenizer,
-        source,
-        seqlen=window_length(config, args.seqlen or usual),
-        max_tokens=args.max_tokens,
-        vocab_size=config.vocab_size,
-    )
-    window_length(config, windows.shape[1])
-    return prepare_windows(args.protocol, windows, [] if tokenizer is None else leading_special_tokens(tokenizer))
+def _how(args):
+    return {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
 
 
 def _source(args):

@@ -7,6 +7,7 @@ refused before the walk; the output folder appears only when all of it is true.
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
 from ptq.memory import peak_memory
 from ptq.reload import load_tokenizer
+from ptq.report.card import python_call
+from ptq.report.facts import weight_histograms
+from ptq.report.files import write_card, write_page
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS, Walk
@@ -54,6 +58,7 @@ def quantize_model(
     activation_budget: int | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
+    command: str | None = None,
 ) -> Artefact:
     """Quantizes a Hugging Face model folder into a packed GPTQ folder.
 
@@ -72,6 +77,7 @@ def quantize_model(
             of the machine's memory. Does not change the result.
         resume: Go on with an interrupted run.
         trust_remote_code: Let the checkpoint bring its own model code.
+        command: What to print as the way to make this artefact; None for this call.
 
     Raises:
         InputError: Anything the user can mend; nothing is left behind.
@@ -80,6 +86,9 @@ def quantize_model(
     """
     clock, spec = Clock(), spec or QuantSpec()
     kind = format_of(spec)
+    spec = kind.spec
+    text_flags = {"calibration": calibration, "samples": samples, "seqlen": seqlen, "heldout": heldout}
+    command = command or python_call(model, spec, **text_flags)
     is_demo = model is None
     checkpoint = open_checkpoint(DEMO if is_demo else model, trust_remote_code=trust_remote_code)
     if checkpoint.quantization_config is not None:
@@ -100,7 +109,7 @@ def quantize_model(
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
-    job = _Job(streamed, spec, kind, linears, drawn, text, windows, clock, budget)
+    job = _Job(streamed, spec, kind, linears, drawn, text, windows, clock, budget, command)
     if os.path.lexists(out):
         return _finished_before(out, job.identity)
     work = WorkFolder(out, job.identity, resume=resume)
@@ -131,6 +140,7 @@ class _Job:
     windows: torch.Tensor | None
     clock: Clock
     budget: int
+    command: str
 
     @property
     def identity(self) -> dict:
@@ -164,15 +174,19 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     report = {
         "identity": job.identity,
         "model": streamed.checkpoint.folder.resolve().name,
+        "command": job.command,
         "perplexity": perplexity,
         **_sizes(job, kind.sizes(packed, job.linears)),
         "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
         "peak_memory_bytes": peak_memory(streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
+        "bytes": kind.bytes_by_part(packed),
+        "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    _describe(folder, report, work.out)
     work.publish(folder)
     return report
 
@@ -191,6 +205,15 @@ def _sizes(job, after) -> dict:
         },
         "file_bytes": {"before": sum(path.stat().st_size for path in source.shards), "after": after["files"]},
     }
+
+
+def _describe(folder, report, out):
+    """Page and model card; a fault in them does not cost the artefact."""
+    try:
+        write_page(folder, report)
+        write_card(folder, report, str(out))
+    except Exception as error:  # drawing is a large library's work
+        print(f"warning: no report.html or README.md: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _linears(streamed) -> dict[str, tuple[int, int]]:

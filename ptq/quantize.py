@@ -1,6 +1,8 @@
 """python -m ptq.quantize: a model folder in, a verified and measured GPTQ folder out."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from calibration.corpora import CORPORA
@@ -94,11 +96,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None):
     """Runs the command line."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    run_command(lambda: _quantize(args), interrupted="; the same command with --resume goes on")
+    command = shlex.join(["python", "-m", "ptq.quantize", *(flag for flag in argv if flag != "--resume")])
+    run_command(lambda: _quantize(args, command), interrupted="; the same command with --resume goes on")
 
 
-def _quantize(args):
+def _quantize(args, command):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     recipe = omniquant_recipe(args.bits) if args.method == "omniquant" else {}
@@ -130,6 +134,7 @@ def _quantize(args):
         activation_budget=None if args.activation_memory is None else int(args.activation_memory * 1e9),
         resume=args.resume,
         trust_remote_code=args.trust_remote_code,
+        command=command,
     )
     print(summary(artefact))
 

@@ -1,5 +1,7 @@
 """llama.cpp files: which type a matrix gets, writing, reading back, sizes, and who loads them."""
 
+from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -85,7 +87,7 @@ class GgufFormat:
                 raise InputError(f"--{flag} {name!r} is not one of {', '.join(known)}")
         if spec.trains:
             raise InputError(f"method {spec.method!r} trains uniform groups: --format gguf takes gptq or rtn")
-        self.spec, self.codec = spec, GgufCodec(self.ggml_type)
+        self.spec, self.codec = replace(spec, ggml_type=self.ggml_type), GgufCodec(self.ggml_type)
 
     def name(self, model: str) -> str:
         """<model>-<type>-<method>."""
@@ -150,17 +152,27 @@ class GgufFormat:
 
     def sizes(self, packed: GgufCheckpoint, linears) -> dict:
         """Bytes of all tensors, of the quantized linears, and of the file."""
-        stored = packed.file.tensors
-        of = {name: prod(t.shape[:-1]) * t.ggml_type.row_bytes(t.shape[-1]) for name, t in stored.items()}
+        of = {name: _nbytes(tensor) for name, tensor in packed.file.tensors.items()}
         return {
             "tensors": sum(of.values()),
             "linears": sum(of[packed.stored_name(f"{linear}.weight")] for linear in linears),
             "files": packed.folder.stat().st_size,
         }
 
+    def bytes_by_part(self, packed: GgufCheckpoint) -> dict[str, int]:
+        """Where the bytes are, by type."""
+        parts = defaultdict(int)
+        for tensor in packed.file.tensors.values():
+            parts[tensor.ggml_type.name] += _nbytes(tensor)
+        return dict(parts)
+
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the file."""
         return [Runtime("llama.cpp, Ollama, LM Studio", True, "")]
+
+
+def _nbytes(tensor):
+    return prod(tensor.shape[:-1]) * tensor.ggml_type.row_bytes(tensor.shape[-1])
 
 
 def _kept(work, i, stored):

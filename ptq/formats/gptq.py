@@ -1,5 +1,7 @@
 """GPTQ folders: checks before the walk, writing, reading back, sizes, and who loads them."""
 
+from collections import defaultdict
+
 from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
 from ptq.export.gptq import check_bits, check_packable, write_gptq
@@ -8,6 +10,9 @@ from ptq.export.runtimes import Runtime, runtimes
 from ptq.export.shards import tensor_bytes
 from ptq.qtensor import digest
 from ptq.reload import GptqCheckpoint
+
+PARTS = {".qweight": "codes", ".scales": "scales", ".qzeros": "zero points", ".g_idx": "column groups"}
+MATRICES, VECTORS = "kept matrices", "norms and biases"
 
 
 class GptqFormat:
@@ -85,6 +90,14 @@ class GptqFormat:
             "linears": sum(stored.nbytes(name) for name in parts),
             "files": sum(path.stat().st_size for path in stored.shards),
         }
+
+    def bytes_by_part(self, packed: GptqCheckpoint) -> dict[str, int]:
+        """Where the bytes are; no tensor is read."""
+        stored, parts = packed.packed, defaultdict(int)
+        for name in stored.names():
+            left_alone = MATRICES if len(stored.shape(name)) > 1 else VECTORS
+            parts[PARTS.get(name[name.rfind(".") :], left_alone)] += stored.nbytes(name)
+        return dict(parts)
 
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the folder."""

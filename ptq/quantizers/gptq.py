@@ -16,7 +16,7 @@ from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 
-CHUNK = 1 << 21  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
+CHUNK = 1 << 20  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
 
 
 @dataclass(frozen=True)

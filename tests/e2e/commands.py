@@ -33,7 +33,7 @@ def environment(**extra) -> dict:
 def run(module: str, *arguments, **options) -> subprocess.CompletedProcess:
     """Runs a command line in a process of its own, to its end."""
     return subprocess.run(
-        command(module, *arguments), capture_output=True, text=True, env=environment(), timeout=240, **options
+        command(module, *arguments), capture_output=True, text=True, env=environment(), **{"timeout": 240} | options
     )
 
 

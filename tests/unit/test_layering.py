@@ -13,18 +13,27 @@ OWN = ("calibration", "ptq")
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.spec", "calibration"),
-    "ptq.evaluate": (
-        "ptq.load", "ptq.defaults", "ptq.console", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration",
+    "ptq.evaluate": ("ptq.measure", "ptq.defaults", "ptq.console", "ptq.evaluation", "calibration"),
+    "ptq.baselines.__main__": (
+        "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
+        "calibration",
+    ),
+    "ptq.report.__main__": (
+        "ptq.continuation", "ptq.load", "ptq.pipeline", "ptq.report", "ptq.console", "calibration",
     ),
     "ptq.export.__main__": ("ptq.convert", "ptq.console"),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
+    "ptq.baselines": (
+        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.spec", "ptq.workdir",
+        "calibration",
+    ),
+    "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
-    "ptq.console": ("calibration",),
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats", "ptq.memory",
-        "ptq.reload", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.convert": (
         "ptq.export", "ptq.formats", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
@@ -33,6 +42,7 @@ LAYERS = {
         "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.qtensor", "ptq.quantizers", "ptq.reload",
         "calibration",
     ),
+    "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
@@ -54,9 +64,14 @@ LAYERS = {
     "ptq.clock": (),
     "ptq.memory": (),
     "ptq.demo": (),
+    "ptq.document": (),
+    "ptq.console": ("calibration",),
     "calibration": (),
 }  # fmt: skip
-COMMANDS = ("ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.export.__main__")
+COMMANDS = (
+    "ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.baselines.__main__", "ptq.report.__main__",
+    "ptq.export.__main__",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 

@@ -1,0 +1,1 @@
+"""Tables of measured baselines beside published figures: the grid, its cells, the rows and the three files."""

@@ -1,0 +1,181 @@
+"""The page and the card from a made-up record, and the facts that are taken from weights."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pages import faults, text_of
+
+from ptq.formats import GptqFormat
+from ptq.report import files
+from ptq.report.card import card, python_call
+from ptq.report.facts import BINS, SHOWN_LINEARS, weight_histograms
+from ptq.report.page import Generations, page
+from ptq.report.plots import bars, histogram
+from ptq.report.svg import VARIABLES
+from ptq.spec import QuantSpec
+
+KINDS = ("self_attn.q_proj", "mlp.down_proj")
+
+
+def record(blocks=3, **changes):
+    linears = {
+        f"model.layers.{i}.{kind}": {"error": 0.001 * (i + 1), "error_gptq": 0.2, "error_rtn": 0.3}
+        for i in range(blocks)
+        for kind in KINDS
+    }
+    measured = {"perplexity": 5.5, "nll": 1.7, "tokens": 4096, "seqlen": 2048, "stderr": 0.04}
+    return {
+        "identity": {
+            "spec": QuantSpec().as_dict(),
+            "calibration": {"source": "c4", "samples": 128, "seqlen": 2048, "fingerprint": "f1"},
+        },
+        "model": "demo",
+        "command": "python -m ptq.quantize --bits 2 --out 'a b'",
+        "perplexity": {"text": "wikitext2", "before": measured, "after": measured | {"perplexity": 9.25}},
+        "parameters": 1000,
+        "bits_per_weight": {"before": 16.0, "after": 2.5, "linears": 2.14},
+        "file_bytes": {"before": 2_000_000, "after": 500_000},
+        "seconds": {"solve": 60.0, "total": 61.0},
+        "peak_memory_bytes": {"resident": 10**9},
+        "resumed": False,
+        "runtimes": [
+            {"name": "transformers + GPTQModel", "loads": True, "why": ""},
+            {"name": "ExLlamaV2", "loads": False, "why": "its kernel has 4"},
+        ],
+        "bytes": {"codes": 300_000, "kept matrices": 200_000},
+        "histograms": {
+            "model.layers.2.mlp.down_proj": {"low": -1.0, "high": 1.0, "before": [1, 5, 1], "after": [0, 7, 0]}
+        },
+        "linears": linears,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 40])
+def test_the_page_is_sound_and_fetches_nothing(blocks):
+    text = page(record(blocks), Generations("import", "<b>\n  os", "sys & so"))
+    assert not faults(text) and "http" not in text
+    shown = text_of(text)
+    for part in (
+        "demo, 2 bits",
+        "--out 'a b'",
+        "5.5 → 9.25",
+        "2.14",
+        "<b>\n  os",
+        "sys & so",
+        "does not: its kernel has 4",
+    ):
+        assert part in shown
+    assert f"block {blocks - 1}, mlp.down_proj" in shown
+
+
+def test_colours_are_the_pages_own():
+    text = page(record())
+    assert not [color for color in VARIABLES if color in text]
+    drawn = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
+    assert not re.findall(r"#[0-9a-fA-F]{6}", drawn) and "font-family" not in drawn and drawn.count("<svg") == 4
+
+
+def test_what_a_run_did_not_keep_is_left_out():
+    old = {k: v for k, v in record(perplexity=None).items() if k not in ("bytes", "histograms", "command")}
+    old["identity"]["calibration"] = None
+    old["linears"] = {name: {"error": 0.0, "error_rtn": 0.0} for name in old["linears"]}
+    text = page(old)
+    assert not faults(text) and "Perplexity" not in text_of(text) and "no calibration text" in text_of(text)
+
+
+def test_published_figures_of_the_same_model_and_bits():
+    shown = text_of(page(record(model="Llama-2-7b-hf")))
+    assert "OmniQuant g128, wikitext2: Wikitext2 12.84; 11.06 in OmniQuant's README" in shown
+    assert "12.84 (doubtful)" in shown and "BitDistiller, text not stated" in shown and "do not compare" in shown
+    assert "LLaMA-2-70B" not in shown and "Lengths are logarithmic" in shown
+    assert "Outlined" not in text_of(page(record()))
+
+
+def test_the_heat_map_has_a_cell_for_each_linear():
+    maps = re.findall(r"<svg[^>]*error of each linear.*?</svg>", page(record(5)), re.DOTALL)[0]
+    depths = [float(depth) for depth in re.findall(r"fill: var\(--accent\); fill-opacity: ([\d.]+)", maps)]
+    assert len(depths) == 5 * len(KINDS) and min(depths) == 0.06 and max(depths) == 0.8
+    assert depths == sorted(depths[:5]) * 2  # errors grow with the block
+
+
+def test_a_bar_of_text_has_room():
+    """The text of the longest bar ends inside the picture: letters of 9 points are 5.5 wide on average."""
+    drawn = bars(["a"], [1.0], ["x" * 30], [True], "n", "what")
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])
+    start = float(re.search(r"translate\(([\d.]+) [\d.]+\)[^>]*>x{30}|x=\"([\d.]+)\"[^>]*>x{30}", drawn)[2] or 0)
+    assert 0 < start < start + 30 * 5.5 <= width * 1.01
+
+
+def test_histogram_names_do_not_meet():
+    two = histogram(-1, 1, [1, 2], [2, 1], "a") + histogram(-1, 1, [1, 2], [2, 1], "b")
+    ids = re.findall(r' id="([^"]+)"', two)
+    assert ids and len(ids) == len(set(ids))
+
+
+class Weights(dict):
+    def names(self):
+        return list(self)
+
+    def shape(self, name):
+        return tuple(self[name].shape)
+
+    def nbytes(self, name):
+        return self[name].nbytes
+
+    def read(self, names):
+        return {name: self[name] for name in names}
+
+
+def test_histograms_count_every_weight_of_the_worst_linears():
+    generator = torch.Generator().manual_seed(0)
+    source = Weights({f"l{i}.weight": torch.randn(64, 32, generator=generator) for i in range(5)})
+    packed = Weights({name: weight.round() for name, weight in source.items()})
+    found = weight_histograms(source, packed, {f"l{i}": {"error": i} for i in range(5)})
+    assert list(found) == ["l4", "l3", "l2"] and len(found) == SHOWN_LINEARS
+    for linear, h in found.items():
+        before, after = source[f"{linear}.weight"], packed[f"{linear}.weight"]
+        assert len(h["before"]) == len(h["after"]) == BINS and sum(h["before"]) == sum(h["after"]) == 64 * 32
+        assert h["low"] == min(before.min(), after.min()) and h["high"] == max(before.max(), after.max())
+        edges = torch.linspace(h["low"], h["high"], BINS + 1, dtype=torch.float64)
+        oracle = torch.histogram(before.double().flatten(), edges).hist
+        assert int((oracle - torch.tensor(h["before"])).abs().sum()) <= 2  # one weight on an edge may fall either way
+
+
+def test_bytes_by_part_add_up():
+    packed = Weights(
+        {
+            "a.qweight": torch.zeros(4, 8, dtype=torch.int32),
+            "a.scales": torch.zeros(1, 8, dtype=torch.float16),
+            "embed.weight": torch.zeros(10, 8),
+            "norm.weight": torch.zeros(8),
+        }
+    )
+    parts = GptqFormat(QuantSpec()).bytes_by_part(SimpleNamespace(packed=packed))
+    assert parts == {"codes": 128, "scales": 16, "kept matrices": 320, "norms and biases": 32}
+
+
+def test_the_card():
+    text = card(record(), "my-folder")
+    assert text.startswith("---\ntags:\n- gptq\n- 2-bit\n") and "python -m ptq.quantize --bits 2 --out 'a b'" in text
+    assert "| perplexity, wikitext2, 4096 tokens in windows of 2048 | 5.500 ± 0.040 | 9.250 ± 0.040 |" in text
+    assert "from_pretrained('my-folder')" in text and "| calibration fingerprint | f1 |" in text
+    blocked = card(record(runtimes=[{"name": "transformers", "loads": False, "why": "x"}], perplexity=None), "f")
+    assert "from_pretrained" not in blocked and "ptq.generate f" in blocked and "perplexity," not in blocked
+
+
+def test_the_python_call_makes_the_same_spec():
+    spec = QuantSpec(bits=3, sym=False, seed=4)
+    call = python_call("m", spec, samples=8, calibration=None)
+    assert call == "quantize_model('m', QuantSpec(bits=3, sym=False, seed=4), samples=8)"
+    seen = []
+    eval(call, {"QuantSpec": QuantSpec, "quantize_model": lambda model, s, **_: seen.append(s)})
+    assert seen == [spec]
+
+
+def test_files(tmp_path):
+    files.write_page(tmp_path, json.loads(json.dumps(record())))
+    files.write_card(tmp_path, record(), "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "report.html"]
