@@ -100,4 +100,6 @@ def test_presets_on_the_embedded_model(preset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_complete(out, preset)
     measured = [line for line in lines(out) if line["origin"] == "measured"]
+    if preset == "onebit":
+        assert {"stdlib word_perplexity", "stdlib bits_per_byte"} <= {line["figure"] for line in measured}
     assert measured and not [line for line in measured if line["error"] and "omniquant" not in line["method"]]
