@@ -8,8 +8,8 @@ from ptq.document import Markup, document, element, table
 
 LEGEND = (
     "Tinted rows were measured in this run. Figures in italics do not compare with the measured ones beside them;"
-    " numbers lead to the reason. Published figures stand as they were printed, doubtful ones too. Measured accuracies are"
-    " in percent; documents print percent or fractions."
+    " numbers lead to the reason. Published figures stand as they were printed, doubtful ones too. Accuracies measured"
+    " here are in percent; documents print percent or fractions."
 )
 
 

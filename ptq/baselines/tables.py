@@ -17,8 +17,8 @@ CSV_HEAD = (
 
 LEGEND = (
     "Figures in brackets do not compare with the measured ones beside them; raised numbers lead to the notes. Published"
-    " figures stand as they were printed, doubtful ones too. Measured accuracies are in percent; documents print percent"
-    " or fractions."
+    " figures stand as they were printed, doubtful ones too. Accuracies measured here are in percent; documents print"
+    " percent or fractions."
 )
 
 
