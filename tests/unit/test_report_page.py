@@ -7,6 +7,8 @@ import pytest
 import torch
 from pages import faults, text_of
 
+from ptq.evaluation.published.models import rows_like
+from ptq.evaluation.published.rows import published_rows
 from ptq.report import files
 from ptq.report.card import card, python_call
 from ptq.report.facts import BINS, SHOWN_LINEARS, bytes_by_part, weight_histograms
@@ -85,9 +87,13 @@ def test_what_a_run_did_not_keep_is_left_out():
 
 
 def test_published_figures_of_the_same_model_and_bits():
-    shown = text_of(page(record(model="Llama-2-7b-hf")))
+    text = page(record(model="Llama-2-7b-hf"))
+    shown = text_of(text)
     assert "OmniQuant g128, wikitext2: Wikitext2 12.84; 11.06 in OmniQuant's README" in shown
     assert "12.84 (doubtful)" in shown and "BitDistiller, text not stated" in shown and "do not compare" in shown
+    mine = [row for row in rows_like("Llama-2-7b-hf", published_rows()) if row.task in ("Wikitext2", "C4", "PPL")]
+    other = {row.value for row in mine if row.bits != "2"} - {row.value for row in mine if row.bits == "2"}
+    assert len(other) > 8 and not [value for value in other if f">{value}" in text]
     assert "LLaMA-2-70B" not in shown and "Lengths are logarithmic" in shown
     assert "Outlined" not in text_of(page(record()))
 
@@ -99,12 +105,15 @@ def test_the_heat_map_has_a_cell_for_each_linear():
     assert depths == sorted(depths[:5]) * 2  # errors grow with the block
 
 
-def test_a_bar_of_text_has_room():
-    """The text of the longest bar ends inside the picture: letters of 9 points are 5.5 wide on average."""
-    drawn = bars(["a"], [1.0], ["x" * 30], [True], "n", "what")
+@pytest.mark.parametrize("longest", [3.0, 3e6])
+def test_texts_after_bars_end_inside_the_picture(longest):
+    """Letters of 9 points are 5.5 wide on average in the widest font of the page's list."""
+    texts = ["2.1 MB, 2.907 bits per weight"] * 6
+    drawn = bars(["norms and biases"] * 6, [longest, 1, 1, 1, 1, 1], texts, [False] * 6, "n", "what")
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])
-    start = float(re.search(r"translate\(([\d.]+) [\d.]+\)[^>]*>x{30}|x=\"([\d.]+)\"[^>]*>x{30}", drawn)[2] or 0)
-    assert 0 < start < start + 30 * 5.5 <= width * 1.01
+    starts = [float(x) for x in re.findall(r'translate\(([\d.]+) [\d.]+\)">2.1 MB', drawn)]
+    starts += [float(x) for x in re.findall(r' x="([\d.]+)"[^>]*>2.1 MB', drawn)]
+    assert len(starts) == 6 and max(starts) + 5.5 * len(texts[0]) <= width
 
 
 def test_histogram_names_do_not_meet():
