@@ -69,6 +69,7 @@ def test_the_page_is_sound_and_fetches_nothing(blocks):
     ):
         assert part in shown
     assert f"block {blocks - 1}, mlp.down_proj" in shown
+    assert "linear's squared output on the calibration text that is lost, from 0.001" in shown
 
 
 def test_colours_are_the_pages_own():
@@ -84,6 +85,7 @@ def test_what_a_run_did_not_keep_is_left_out():
     old["linears"] = {name: {"error": 0.0, "error_rtn": 0.0} for name in old["linears"]}
     text = page(old)
     assert not faults(text) and "Perplexity" not in text_of(text) and "no calibration text" in text_of(text)
+    assert "linear's squared weights that is lost" in text_of(text)
 
 
 def test_published_figures_of_the_same_model_and_bits():
