@@ -89,7 +89,7 @@ def test_the_measure_is_that_of_evaluate_and_settings_do_not_mix(tiny, tmp_path,
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["bitdistiller", "onebit", "starcoder", "greenbit"])
 def test_presets_on_the_embedded_model(preset, tmp_path):
-    """Two minutes each; killed twice on the way."""
+    """Two to five minutes each; killed twice on the way."""
     some = ["--limit", 2] if preset == "onebit" else ["--max-tokens", 1024]
     flags = ["--preset", preset, "--stand-in", "demo", "--samples", 2, "--seqlen", 64, *some]
     out = tmp_path / "out"
