@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +85,44 @@ def test_the_measure_is_that_of_evaluate_and_settings_do_not_mix(tiny, tmp_path,
         baselines.main([*map(str, arguments), "--samples", "5"])
     said = capsys.readouterr().err
     assert left.value.code == 2 and "holds cells of other settings" in said and "samples 4 -> 5" in said
+
+
+SLEEPER = """
+import os, pathlib, sys, time
+from ptq.baselines import cells
+from ptq.baselines.grid import Cell, Settings
+folder = pathlib.Path(sys.argv[1])
+def sleep(*_):
+    (folder / "pid.partial").write_text(str(os.getpid()))
+    os.rename(folder / "pid.partial", folder / "pid")
+    time.sleep(100)
+cells.measure_cell = sleep
+print(cells.run_cell(Cell("m"), Settings(), folder, keep=False))
+"""
+
+
+@pytest.mark.parametrize("which", ["command", "cell"])
+def test_a_killed_command_takes_its_cell_along_and_a_killed_cell_is_an_error(tmp_path, which):
+    arguments = [sys.executable, "-c", SLEEPER, str(tmp_path)]
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    cell = int((tmp_path / "pid").read_text())
+    os.kill(process.pid if which == "command" else cell, signal.SIGKILL)
+    said = process.communicate(timeout=20)[0]
+    assert said == ("" if which == "command" else "{'error': 'its process ended with signal SIGKILL'}\n")
+    while running(cell) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not running(cell)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and is no zombie that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.slow
