@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from calibration.errors import InputError
@@ -118,11 +119,8 @@ def _make(cell, settings, out):
 def _perplexities(path, settings) -> list[Score]:
     how = {"device": settings.device, "dtype": settings.dtype}
     if settings.protocol == "lm-eval":
-        data_dir = None if settings.data_dir is None else Path(settings.data_dir)
-        tasks = [whole_documents(text, data_dir) for text in settings.texts]
         how |= {"cache": default_cache(), "seqlen": settings.seqlen, "limit": settings.limit}
-        found = [task_scores(path, task, **how) for task in tasks]
-        return [score for scores in found for score in scores]
+        return [score for text in settings.texts for score in _of_documents(path, text, settings, how)]
     model, scores = open_streamed(path, **how), []
     for text in settings.texts:
         cut = {"seqlen": settings.seqlen, "max_tokens": settings.max_tokens}
@@ -133,10 +131,20 @@ def _perplexities(path, settings) -> list[Score]:
     return scores
 
 
+def _of_documents(path, text, settings, how) -> list[Score]:
+    """The harness calls every text wikitext; only its own keeps the name."""
+    scores = task_scores(path, whole_documents(text, _data_dir(settings)), **how)
+    return scores if text == "wikitext2" else [replace(score, task=text) for score in scores]
+
+
+def _data_dir(settings) -> Path | None:
+    return None if settings.data_dir is None else Path(settings.data_dir)
+
+
 def _tasks(path, settings) -> list[Score]:
     if settings.tasks is None:
         return []
-    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
+    data_dir = _data_dir(settings)
     names, _ = choose_tasks(settings.tasks, data_dir)
     how = {"device": settings.device, "dtype": settings.dtype, "limit": settings.limit, "cache": default_cache()}
     scores = task_scores(path, load_tasks(names, data_dir), **how)

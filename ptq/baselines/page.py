@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 
 from ptq.baselines.rows import Figure, Row, Section
-from ptq.baselines.tables import WHO, Notes, section_tables, with_error
+from ptq.baselines.tables import WHO, Notes, has_error, section_tables, with_error
 from ptq.document import Markup, document, element, table
 
 LEGEND = (
     "Tinted rows were measured in this run. Figures in italics do not compare with the measured ones beside them;"
-    " numbers lead to the reason. Published figures stand as they were printed, doubtful ones too."
+    " numbers lead to the reason. Published figures stand as they were printed, doubtful ones too. Accuracies measured"
+    " here are in percent; documents print percent or fractions."
 )
 
 
@@ -45,6 +46,6 @@ def _cell(cell: Figure | str | None, notes: Notes) -> Markup | str:
     if not isinstance(cell, Figure):
         return cell or ""
     value = element("span", cell.value, class_="" if cell.comparable else "apart")
-    error = element("span", f" ± {cell.stderr}", class_="error-bar") if cell.stderr else ""
+    error = element("span", f" ± {cell.stderr}", class_="error-bar") if has_error(cell) else ""
     links = [element("a", str(n), href=f"#note-{n}") for n in notes.marks(cell.notes)]
     return Markup(value + error + (element("sup", Markup(" ".join(links))) if links else ""))

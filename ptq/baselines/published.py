@@ -105,10 +105,7 @@ def _merged(entries):
             kept.append(entry)
         elif entry.origin not in twin.origin.split(", "):
             twin.origin += f", {entry.origin}"
-            for label, figure in entry.figures.items():
-                known = twin.figures.setdefault(label, figure)
-                known.notes = list(dict.fromkeys(known.notes + figure.notes))
-                known.doubted = known.doubted or figure.doubted
+            twin.figures = entry.figures | twin.figures
     return kept
 
 

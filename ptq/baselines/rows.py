@@ -82,7 +82,7 @@ def measured_row(cell: Cell, result: dict | None) -> Row:
     full = cell.method == FULL
     row = Row(
         origin=MEASURED,
-        name=cell.model,
+        name=cell.model.rpartition("/")[2],
         kind=UNQUANTIZED if full else ROUNDED,
         method="" if full else cell.method + (f", {cell.format}" if cell.format not in ("", "gptq") else ""),
         bits=str(cell.bits),

@@ -17,7 +17,8 @@ CSV_HEAD = (
 
 LEGEND = (
     "Figures in brackets do not compare with the measured ones beside them; raised numbers lead to the notes. Published"
-    " figures stand as they were printed, doubtful ones too."
+    " figures stand as they were printed, doubtful ones too. Accuracies measured here are in percent; documents print"
+    " percent or fractions."
 )
 
 
@@ -88,8 +89,13 @@ def _cell(cell: Figure | str | None, notes: Notes) -> str:
 
 
 def figure_text(figure: Figure) -> str:
-    """Value and standard error."""
-    return figure.value + (f" ± {figure.stderr}" if figure.stderr else "")
+    """Value and standard error, where there is one."""
+    return figure.value + (f" ± {figure.stderr}" if has_error(figure) else "")
+
+
+def has_error(figure: Figure) -> bool:
+    """Whether the standard error is a number; some documents print N/A."""
+    return any(letter.isdigit() for letter in figure.stderr)
 
 
 def _escape(text):

@@ -36,7 +36,12 @@ def page(report: dict, generations: Generations | None = None) -> str:
     parts = [element("h1", title), element("p", _in_words(report), class_="quiet")]
     if "command" in report:
         parts.append(element("pre", report["command"]))
-    parts += [_facts(report), *_perplexity(report), *_errors(report["linears"]), *_bits(report)]
+    parts += [
+        _facts(report),
+        *_perplexity(report),
+        *_errors(report["linears"], report["identity"]["calibration"]),
+        *_bits(report),
+    ]
     parts += [*_histograms(report), *_generations(generations), *_time(report), *_runtimes(report)]
     return document(title, *parts)
 
@@ -112,13 +117,14 @@ def _published(report):
     return list(found.values())
 
 
-def _errors(linears):
+def _errors(linears, calibration):
     kinds, blocks = _by_kind_and_block(linears)
     figure = heat_map([[blocks[block].get(kind) for block in blocks] for kind in kinds], kinds, "errors")
     errors = [entry["error"] for entry in linears.values()]
+    of = "output on the calibration text" if calibration else "weights"
     caption = (
-        f"The part of each linear's output on the calibration text that is lost, from {min(errors):.2g} (palest) to"
-        f" {max(errors):.2g}; the scale is logarithmic. Writing zeros would lose 1."
+        f"The share of each linear's squared {of} that is lost, from {min(errors):.2g} (palest) to {max(errors):.2g};"
+        " the scale is logarithmic. Writing zeros would lose 1."
     )
     worst = sorted(linears, key=lambda linear: -linears[linear]["error"])[:WORST]
     steps = [("error", "error"), ("error_gptq", "before refinement"), ("error_rtn", "plain rounding")]

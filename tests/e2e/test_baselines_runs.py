@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,11 +87,49 @@ def test_the_measure_is_that_of_evaluate_and_settings_do_not_mix(tiny, tmp_path,
     assert left.value.code == 2 and "holds cells of other settings" in said and "samples 4 -> 5" in said
 
 
+SLEEPER = """
+import os, pathlib, sys, time
+from ptq.baselines import cells
+from ptq.baselines.grid import Cell, Settings
+folder = pathlib.Path(sys.argv[1])
+def sleep(*_):
+    (folder / "pid.partial").write_text(str(os.getpid()))
+    os.rename(folder / "pid.partial", folder / "pid")
+    time.sleep(100)
+cells.measure_cell = sleep
+print(cells.run_cell(Cell("m"), Settings(), folder, keep=False))
+"""
+
+
+@pytest.mark.parametrize("which", ["command", "cell"])
+def test_a_killed_command_takes_its_cell_along_and_a_killed_cell_is_an_error(tmp_path, which):
+    arguments = [sys.executable, "-c", SLEEPER, str(tmp_path)]
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    cell = int((tmp_path / "pid").read_text())
+    os.kill(process.pid if which == "command" else cell, signal.SIGKILL)
+    said = process.communicate(timeout=20)[0]
+    assert said == ("" if which == "command" else "{'error': 'its process ended with signal SIGKILL'}\n")
+    while running(cell) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not running(cell)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and is no zombie that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["bitdistiller", "onebit", "starcoder", "greenbit"])
 def test_presets_on_the_embedded_model(preset, tmp_path):
-    """Two minutes each; killed twice on the way."""
+    """Two to five minutes each; killed twice on the way."""
     some = ["--limit", 2] if preset == "onebit" else ["--max-tokens", 1024]
     flags = ["--preset", preset, "--stand-in", "demo", "--samples", 2, "--seqlen", 64, *some]
     out = tmp_path / "out"
@@ -100,4 +140,6 @@ def test_presets_on_the_embedded_model(preset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_complete(out, preset)
     measured = [line for line in lines(out) if line["origin"] == "measured"]
+    if preset == "onebit":
+        assert {"stdlib word_perplexity", "stdlib bits_per_byte"} <= {line["figure"] for line in measured}
     assert measured and not [line for line in measured if line["error"] and "omniquant" not in line["method"]]

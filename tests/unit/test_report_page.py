@@ -8,6 +8,8 @@ import pytest
 import torch
 from pages import faults, text_of
 
+from ptq.evaluation.published.models import rows_like
+from ptq.evaluation.published.rows import published_rows
 from ptq.formats import GptqFormat
 from ptq.report import files
 from ptq.report.card import card, python_call
@@ -69,6 +71,7 @@ def test_the_page_is_sound_and_fetches_nothing(blocks):
     ):
         assert part in shown
     assert f"block {blocks - 1}, mlp.down_proj" in shown
+    assert "linear's squared output on the calibration text that is lost, from 0.001" in shown
 
 
 def test_colours_are_the_pages_own():
@@ -84,12 +87,17 @@ def test_what_a_run_did_not_keep_is_left_out():
     old["linears"] = {name: {"error": 0.0, "error_rtn": 0.0} for name in old["linears"]}
     text = page(old)
     assert not faults(text) and "Perplexity" not in text_of(text) and "no calibration text" in text_of(text)
+    assert "linear's squared weights that is lost" in text_of(text)
 
 
 def test_published_figures_of_the_same_model_and_bits():
-    shown = text_of(page(record(model="Llama-2-7b-hf")))
+    text = page(record(model="Llama-2-7b-hf"))
+    shown = text_of(text)
     assert "OmniQuant g128, wikitext2: Wikitext2 12.84; 11.06 in OmniQuant's README" in shown
     assert "12.84 (doubtful)" in shown and "BitDistiller, text not stated" in shown and "do not compare" in shown
+    mine = [row for row in rows_like("Llama-2-7b-hf", published_rows()) if row.task in ("Wikitext2", "C4", "PPL")]
+    other = {row.value for row in mine if row.bits != "2"} - {row.value for row in mine if row.bits == "2"}
+    assert len(other) > 8 and not [value for value in other if f">{value}" in text]
     assert "LLaMA-2-70B" not in shown and "Lengths are logarithmic" in shown
     assert "Outlined" not in text_of(page(record()))
 
@@ -101,12 +109,15 @@ def test_the_heat_map_has_a_cell_for_each_linear():
     assert depths == sorted(depths[:5]) * 2  # errors grow with the block
 
 
-def test_a_bar_of_text_has_room():
-    """The text of the longest bar ends inside the picture: letters of 9 points are 5.5 wide on average."""
-    drawn = bars(["a"], [1.0], ["x" * 30], [True], "n", "what")
+@pytest.mark.parametrize("longest", [3.0, 3e6])
+def test_texts_after_bars_end_inside_the_picture(longest):
+    """Letters of 9 points are 5.5 wide on average in the widest font of the page's list."""
+    texts = ["2.1 MB, 2.907 bits per weight"] * 6
+    drawn = bars(["norms and biases"] * 6, [longest, 1, 1, 1, 1, 1], texts, [False] * 6, "n", "what")
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])
-    start = float(re.search(r"translate\(([\d.]+) [\d.]+\)[^>]*>x{30}|x=\"([\d.]+)\"[^>]*>x{30}", drawn)[2] or 0)
-    assert 0 < start < start + 30 * 5.5 <= width * 1.01
+    starts = [float(x) for x in re.findall(r'translate\(([\d.]+) [\d.]+\)">2.1 MB', drawn)]
+    starts += [float(x) for x in re.findall(r' x="([\d.]+)"[^>]*>2.1 MB', drawn)]
+    assert len(starts) == 6 and max(starts) + 5.5 * len(texts[0]) <= width
 
 
 def test_histogram_names_do_not_meet():
@@ -140,8 +151,9 @@ def test_histograms_count_every_weight_of_the_worst_linears():
         assert len(h["before"]) == len(h["after"]) == BINS and sum(h["before"]) == sum(h["after"]) == 64 * 32
         assert h["low"] == min(before.min(), after.min()) and h["high"] == max(before.max(), after.max())
         edges = torch.linspace(h["low"], h["high"], BINS + 1, dtype=torch.float64)
-        oracle = torch.histogram(before.double().flatten(), edges).hist
-        assert int((oracle - torch.tensor(h["before"])).abs().sum()) <= 2  # one weight on an edge may fall either way
+        for weights, counted in ((before, h["before"]), (after, h["after"])):
+            oracle = torch.histogram(weights.double().flatten(), edges).hist
+            assert int((oracle - torch.tensor(counted)).abs().sum()) <= 2  # one on an edge may fall either way
 
 
 def test_bytes_by_part_add_up():
