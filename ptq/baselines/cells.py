@@ -89,6 +89,7 @@ def measure_cell(cell: Cell, settings: Settings, folder: Path) -> dict:
     if cell.method != FULL:
         path = folder / ARTEFACT
         made = _make(cell, settings, path)
+        path = next(path.glob("*.gguf"), path)
     figures = _perplexities(path, settings) + _tasks(path, settings)
     return {"figures": [figure.as_dict() for figure in figures], **made}
 

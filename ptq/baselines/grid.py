@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from calibration.errors import InputError
-from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec
+from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
 
 FULL = "none"  # the method of a model that is measured as it is
 COST = {FULL: 1, "rtn": 2, "gptq": 20, "omniquant": 400}  # minutes beside each other; a new method is taken as dear
@@ -131,13 +131,16 @@ class Cell:
         Raises:
             InputError: As QuantSpec.
         """
+        recipe = {"sym": not settings.asym or self.bits == 1}
+        if self.method == "omniquant":
+            recipe = omniquant_recipe(self.bits)
         return QuantSpec(
             bits=self.bits,
             group_size=self.group,
             method=self.method,
-            sym=not settings.asym or self.bits == 1,
             checkpoint_format=self.format,
             seed=settings.seed,
+            **recipe,
         )
 
 
