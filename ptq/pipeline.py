@@ -26,6 +26,7 @@ from ptq.memory import peak_memory
 from ptq.reload import GptqCheckpoint, load_tokenizer
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
+from ptq.tuning import ScaleTuning
 from ptq.walk import BATCH_TOKENS, Walk, digest
 from ptq.workdir import WorkFolder, work_folder
 
@@ -153,6 +154,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     codec = GptqCodec(job.spec.bits, job.spec.group_size, job.spec.checkpoint_format)
     walk = Walk(job.streamed, job.spec, codec, work, clock, budget=job.budget)
     walk.run(job.drawn and job.drawn.tokens)
+    ScaleTuning(job.streamed, job.spec, codec, work, clock, budget=job.budget).run(job.drawn and job.drawn.tokens)
     per_linear = {name: entry for i in range(blocks) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
@@ -172,6 +174,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "peak_memory_bytes": peak_memory(job.streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
+        "tuning": work.tuned_report(),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

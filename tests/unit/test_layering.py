@@ -23,7 +23,11 @@ LAYERS = {
     "ptq.console": ("calibration",),
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.demo", "ptq.evaluation", "ptq.export", "ptq.memory", "ptq.reload",
-        "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
+    ),
+    "ptq.tuning": (
+        "ptq.clock", "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.walk", "ptq.workdir",
+        "calibration",
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
