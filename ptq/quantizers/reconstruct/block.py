@@ -58,7 +58,7 @@ def reconstruct(
         {"params": [linear.position for linear in linears.values()], "lr": spec.code_lr},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    steps = spec.reconstruct_epochs * len(inputs)
+    steps = max(1, spec.reconstruct_epochs * len(inputs))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for epoch in range(spec.reconstruct_epochs) if epochs is None else epochs:
         for b in torch.randperm(len(inputs), generator=generator).tolist():
