@@ -65,7 +65,7 @@ class QuantSpec:
     let_lr: float = 5e-3
     let_shift: bool = False
     reconstruct_epochs: int = 0
-    code_lr: float = 1e-2
+    code_lr: float = 2e-2
     scale_lr: float = 1e-2
     tune_epochs: int = 0
     tune_lr: float = 1e-2
@@ -138,8 +138,8 @@ class QuantSpec:
 
 EFFORTS = {
     "fast": {},
-    "balanced": {"reconstruct_epochs": 4, "tune_epochs": 4},
-    "best": {"reconstruct_epochs": 12, "tune_epochs": 12},
+    "balanced": {"reconstruct_epochs": 3, "tune_epochs": 3},
+    "best": {"reconstruct_epochs": 12, "tune_epochs": 8},
 }
 
 

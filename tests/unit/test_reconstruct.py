@@ -11,7 +11,7 @@ import ptq.blockwise
 import ptq.walk
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
-from ptq import QuantSpec
+from ptq import QuantSpec, quantize
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.export.gptq_tensors import GptqCodec
@@ -178,7 +178,7 @@ def interrupt():
     ("model_type", "options"), [("llama", {}), ("gpt2", {"sym": False, "bits": 3, "group_size": 48, "correction": 0.0})]
 )
 def test_a_resumed_or_spilled_run_gives_the_same_bytes(model_type, options, tiny, tmp_path):
-    folder, spec = tiny(model_type), replace(SPEC, **options)
+    folder, spec = tiny(model_type), replace(SPEC, code_lr=0.003, scale_lr=0.003, **options)
     whole = Walked(folder, tmp_path / "whole", spec)
     with pytest.raises(KeyboardInterrupt):
         Walked(folder, tmp_path / "out", spec, stop_after=0)
@@ -186,7 +186,9 @@ def test_a_resumed_or_spilled_run_gives_the_same_bytes(model_type, options, tiny
     assert len(whole.files) == 2 and resumed.files == whole.files
     for report in whole.reports:
         for entry in report.values():
-            assert 0 < entry["block_error"] < entry["block_error_solved"] and 0 < entry["error"]
+            assert 0 < entry["block_error"] <= entry["block_error_solved"] and 0 < entry["error"]
+    last = next(iter(whole.reports[-1].values()))
+    assert last["block_error"] < last["block_error_solved"]
 
 
 def test_training_that_makes_a_block_worse_is_not_kept(tiny, tmp_path):
@@ -210,6 +212,20 @@ def test_a_run_that_diverges_keeps_the_block_and_goes_on(tiny, tmp_path, monkeyp
     resumed = Walked(tiny("llama"), tmp_path / "out", resume=True)
     stopped = [["stopped" in entry for entry in report.values()] for report in resumed.reports]
     assert all(stopped[0]) and not any(stopped[1])
+
+
+def test_effort_on_the_command_line(monkeypatch, capsys):
+    specs = []
+    monkeypatch.setattr(quantize, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt())
+    for flags in ([], ["--effort", "fast"], ["--effort", "balanced"], ["--effort", "best", "--bits", "3", "--asym"]):
+        with pytest.raises(SystemExit):
+            quantize.main(flags)
+    assert [spec.refined for spec in specs] == [False, False, True, True] and specs[0] == specs[1] == QuantSpec()
+    balanced, best = specs[2:]
+    assert best.reconstruct_epochs > balanced.reconstruct_epochs and best.tune_epochs > balanced.tune_epochs
+    with pytest.raises(SystemExit) as left:
+        quantize.main(["--effort", "best", "--method", "rtn"])
+    assert left.value.code == 2 and "effort is for method gptq, not rtn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
