@@ -9,7 +9,7 @@ rows that took no part.
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, isfinite, pi
 
 import torch
@@ -21,6 +21,7 @@ from calibration.errors import TrainingStopped
 from calibration.store import ActivationStore
 from ptq.clock import Clock
 from ptq.evaluation.stream import LOGIT_ENTRIES, batches_of, final_states
+from ptq.qtensor import QuantizedTensor
 from ptq.quantizers.reconstruct.parameters import TrainedScales
 from ptq.streamed import StreamedModel
 from ptq.walk import digest
@@ -57,7 +58,7 @@ class ScaleTuning:
     def __init__(self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock, *, budget: int | None = None):
         self.model, self.spec, self.codec, self.work, self.clock, self.budget = model, spec, codec, work, clock, budget
         self._factors: list[dict[str, torch.Tensor]] = []
-        self._held: dict[int, dict[str, TrainedScales]] = {}
+        self._held: dict[int, dict[str, QuantizedTensor]] = {}
         self._bytes = 0
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class ScaleTuning:
             return
         with self.clock.phase("tune"):
             text = self._open(batches_of(tokens))
-            self._factors = [self._start(i) for i in range(len(self.model.blocks))]
+            self._start()
             with self.model.outside(head=True):
                 report = self._train(text)
             self._save(report)
@@ -137,11 +138,10 @@ class ScaleTuning:
         """Sets the factors' gradients of the mean divergence over some batches, which is returned."""
         entering = ActivationStore(self._spill("entering"), self._share)
         leaving = self._forward(text, batches, entering)
-        total, gradients = 0.0, []
-        for b, hidden in zip(batches, leaving, strict=True):
-            loss, gradient = self._head(hidden, text.teacher[b], 1 / len(batches))
-            total += loss
-            gradients.append(gradient)
+        losses, gradients = zip(
+            *(self._head(hidden, text.teacher[b]) for b, hidden in zip(batches, leaving, strict=True)), strict=True
+        )
+        gradients, predictions = list(gradients), _predictions(leaving)
         for i in reversed(range(len(self.model.blocks))):
             with self._block(i) as (block, linears):
                 leaves = list(self._factors[i].values())
@@ -155,16 +155,14 @@ class ScaleTuning:
                     gradients[k] = found[-1]
                     torch._foreach_add_(sums, list(found[: len(leaves)]))
                 for leaf, gradient in zip(leaves, sums, strict=True):
-                    leaf.grad = gradient
-        return total
+                    leaf.grad = gradient / predictions
+        return sum(losses) / predictions
 
     def _divergence(self, text, batches) -> float:
         """Mean divergence over some batches."""
         leaving = self._forward(text, batches)
-        return sum(
-            self._head(hidden, text.teacher[b], 1 / len(batches), backward=False)[0]
-            for b, hidden in zip(batches, leaving, strict=True)
-        )
+        pairs = zip(batches, leaving, strict=True)
+        return sum(self._head(x, text.teacher[b], backward=False)[0] for b, x in pairs) / _predictions(leaving)
 
     def _forward(self, text, batches, entering=None) -> list[torch.Tensor]:
         """What leaves the last block for some batches; what enters each block is kept in `entering`."""
@@ -178,8 +176,11 @@ class ScaleTuning:
                     states[k] = run_block(block, states[k], text.arguments[b][i], values)
         return states
 
-    def _head(self, hidden, teacher, share, *, backward=True):
-        """(share of the mean divergence, its gradient to hidden (rows, T, D)), a few predictions at a time."""
+    def _head(self, hidden, teacher, *, backward=True):
+        """(divergence summed over predictions, its gradient to hidden (rows, T, D)), a few predictions at a time.
+
+        A sum, because the gradient of a mean over many tokens would be too small for fp16.
+        """
         shape, step = hidden.shape, max(1, LOGIT_ENTRIES // self.model.config.vocab_size)
         hidden, teacher = hidden.flatten(0, 1)[None], teacher.to(hidden.device).flatten(0, 1)[None]
         total, gradient = 0.0, torch.zeros_like(hidden)
@@ -189,7 +190,7 @@ class ScaleTuning:
             with torch.set_grad_enabled(backward):
                 leaf = hidden[:, some].detach().requires_grad_(backward)
                 found = self.model.logits(leaf).float().log_softmax(-1)
-                loss = F.kl_div(found, wanted, reduction="sum", log_target=True) * (share / hidden.shape[1])
+                loss = F.kl_div(found, wanted, reduction="sum", log_target=True)
             total += loss.item()
             if backward:
                 gradient[:, some] = torch.autograd.grad(loss, leaf)[0]
@@ -203,35 +204,42 @@ class ScaleTuning:
     @contextmanager
     def _block(self, i):
         """(block i with all but its linears' weights, its linears)."""
-        linears = self._held.get(i) or self._read(i)
         with self.model.block(i, linears=False) as block:
-            yield block, linears
+            yield block, self._linears(i)
 
-    def _start(self, i):
-        """The factors of block i, all at 0."""
-        return {name: TrainedScales(qt).factor for name, qt in self._quantized(i).items()}
+    def _start(self):
+        """All factors at 0."""
+        for i in range(len(self.model.blocks)):
+            linears = self._quantized(i)
+            self._factors.append(
+                {name: TrainedScales(_on(qt, self.model.device)).factor for name, qt in linears.items()}
+            )
 
-    def _read(self, i):
-        linears = {name: TrainedScales(qt, self._factors[i][name]) for name, qt in self._quantized(i).items()}
-        size = sum(linear.start.codes.nbytes for linear in linears.values())
-        if self.budget is None or self._bytes + size <= self.budget:
-            self._held[i] = linears
-            self._bytes += size
-        return linears
+    def _linears(self, i):
+        """The linears of block i with their present factors, by name."""
+        linears, factors = self._quantized(i), self._factors[i]
+        return {name: TrainedScales(_on(qt, self.model.device), factors[name]) for name, qt in linears.items()}
 
     def _quantized(self, i):
-        """The linears of block i by name."""
+        """The linears of block i by name, as the walk left them; kept while there is room."""
+        if i in self._held:
+            return self._held[i]
         packed, found = self.work.load_block(i), {}
         for name in self.model.family.linears:
             prefix = self.model.stored_name(i, name) + "."
-            parts = {key.removeprefix(prefix): part for key, part in packed.items() if key.startswith(prefix)}
-            found[name] = self.codec.unpack({key: part.to(self.model.device) for key, part in parts.items()})
+            found[name] = self.codec.unpack(
+                {k.removeprefix(prefix): v for k, v in packed.items() if k.startswith(prefix)}
+            )
+        size = sum(qt.codes.nbytes for qt in found.values())
+        if self.budget is None or self._bytes + size <= self.budget:
+            self._held[i] = found
+            self._bytes += size
         return found
 
     def _save(self, report):
         scales, entries = {}, {}
         for i in range(len(self.model.blocks)):
-            for name, linear in (self._held.get(i) or self._read(i)).items():
+            for name, linear in self._linears(i).items():
                 full, tuned = self.model.stored_name(i, name), linear.finish()
                 scales[f"{full}.scales"] = self.codec.pack(tuned)["scales"].cpu()
                 entries[full] = {"sha256": digest(tuned.dequantize())}
@@ -250,6 +258,15 @@ class ScaleTuning:
 
 def _cosine(step, steps):
     return (1 + cos(pi * step / steps)) / 2
+
+
+def _predictions(states):
+    return sum(x.shape[0] * x.shape[1] for x in states)
+
+
+def _on(qt, device):
+    parts = {name: getattr(qt, name).to(device) for name in ("codes", "scale", "zero", "g_idx")}
+    return replace(qt, **parts)
 
 
 @torch.no_grad()

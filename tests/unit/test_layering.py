@@ -26,8 +26,8 @@ LAYERS = {
         "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.tuning": (
-        "ptq.clock", "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.walk", "ptq.workdir",
-        "calibration",
+        "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.walk",
+        "ptq.workdir", "calibration",
     ),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
