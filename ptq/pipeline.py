@@ -26,7 +26,7 @@ from ptq.memory import peak_memory
 from ptq.reload import GptqCheckpoint, load_tokenizer
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.tuning import ScaleTuning
+from ptq.tuning.scales import ScaleTuning
 from ptq.walk import BATCH_TOKENS, Walk, digest
 from ptq.workdir import WorkFolder, work_folder
 

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import ptq.evaluation.stream
-import ptq.tuning
+import ptq.tuning.scales
+import ptq.tuning.student
 from calibration.errors import TrainingStopped
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
@@ -19,7 +20,8 @@ from ptq.clock import Clock
 from ptq.evaluation.stream import batches_of
 from ptq.export.gptq_tensors import GptqCodec
 from ptq.streamed import StreamedModel
-from ptq.tuning import ScaleTuning
+from ptq.tuning.scales import ScaleTuning
+from ptq.tuning.student import StreamedStudent
 from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
@@ -43,7 +45,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(ptq.evaluation.stream, "BATCH_TOKENS", 20)
-    monkeypatch.setattr(ptq.evaluation.stream, "LOGIT_ENTRIES", 7 * 300)  # a head that takes 20 tokens in three parts
+    monkeypatch.setattr(ptq.tuning.student, "LOGIT_ENTRIES", 7 * 300)  # a head that takes 20 tokens in three parts
 
 
 class Tuned:
@@ -71,17 +73,17 @@ class Tuned:
         return [self.work.load_block(i) for i in range(len(self.model.blocks))]
 
 
-def whole_model_gradients(folder, tuned, tokens):
+def whole_model_gradients(folder, student, tokens):
     """Divergence on some tokens and its gradients to all factors by autograd of the dense model in one piece."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     parameters, factors = {}, []
-    for i in range(len(tuned.model.blocks)):
-        for name, qt in tuned.tuning._quantized(i).items():
+    for i in range(len(student.model.blocks)):
+        for name, qt in student._quantized(i).items():
             factor = torch.zeros_like(qt.scale, requires_grad=True)
             g = qt.g_idx.long()
             W = (qt.scale * (1 + factor))[:, g] * (qt.codes.float() - qt.zero[:, g])
-            full = f"{tuned.model.block_name(i)}.{name}.weight"
-            parameters[full] = W.T if tuned.model.family.transposed else W
+            full = f"{student.model.block_name(i)}.{name}.weight"
+            parameters[full] = W.T if student.model.family.transposed else W
             factors.append(factor)
     p = model(tokens, use_cache=False).logits.detach().log_softmax(-1)
     q = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits.log_softmax(-1)
@@ -94,14 +96,14 @@ def whole_model_gradients(folder, tuned, tokens):
 @torch.no_grad()
 def test_the_streamed_gradient_is_that_of_the_whole_model(model_type, budget, tiny, tmp_path):
     tuned = Tuned(tiny(model_type), tmp_path / "out", replace(SPEC, sym=False, bits=3), tokens=DIFFERENT, budget=budget)
+    student = StreamedStudent(tuned.model, tuned.codec, tuned.work, budget)
     with torch.enable_grad():
-        loss, expected = whole_model_gradients(tiny(model_type), tuned, DIFFERENT[[4, 1]])
-    text = tuned.tuning._open(batches_of(DIFFERENT))
-    tuned.tuning._start()
+        loss, expected = whole_model_gradients(tiny(model_type), student, DIFFERENT[[4, 1]])
+    text = student.open(batches_of(DIFFERENT))
     with tuned.model.outside(head=True):
-        assert tuned.tuning._backward(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
-        assert tuned.tuning._divergence(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
-    found = [factor.grad.squeeze(-1) for factors in tuned.tuning._factors for factor in factors.values()]
+        assert student.backward(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
+        assert student.divergence(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
+    found = [factor.grad.squeeze(-1) for factors in student.factors for factor in factors.values()]
     for ours, theirs in zip(found, expected, strict=True):
         # fp32 sums of a few thousand terms in another order
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
@@ -131,7 +133,7 @@ def test_epochs_that_make_it_worse_are_not_kept(tiny, tmp_path):
     tuned.run()
     report = tuned.work.tuned_report()
     assert report["kl_after"] == report["kl_before"] < min(report["kl_epochs"])
-    assert len(report["kl_epochs"]) == ptq.tuning.PATIENCE
+    assert len(report["kl_epochs"]) == ptq.tuning.scales.PATIENCE
     assert all(torch.equal(old[n], new[n]) for old, new in zip(before, tuned.tensors(), strict=True) for n in old)
 
 
@@ -140,7 +142,7 @@ def test_a_killed_or_spilled_run_gives_the_same_bytes(tiny, tmp_path, monkeypatc
     whole = Tuned(folder, tmp_path / "whole").run()
     killed = Tuned(folder, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ptq.tuning, "_cosine", lambda *_: interrupt())
+        patch.setattr(ptq.tuning.scales, "_cosine", lambda *_: interrupt())
         killed.run()
     assert not killed.work.has_tuned
     resumed = Tuned(folder, tmp_path / "out", resume=True, budget=1).run()
@@ -166,7 +168,7 @@ def test_what_is_damaged_is_done_again(tiny, tmp_path):
 
 
 def test_a_divergence_that_is_not_finite_keeps_the_best(tiny, tmp_path, monkeypatch):
-    real, calls = ScaleTuning._backward, []
+    real, calls = StreamedStudent.backward, []
 
     def diverging(self, text, batches):
         calls.append(batches)
@@ -174,7 +176,7 @@ def test_a_divergence_that_is_not_finite_keeps_the_best(tiny, tmp_path, monkeypa
 
     folder = tiny("llama")
     with monkeypatch.context() as patch:
-        patch.setattr(ScaleTuning, "_backward", diverging)
+        patch.setattr(StreamedStudent, "backward", diverging)
         with pytest.raises(TrainingStopped, match="divergence is nan at epoch 2, step 2; .* kept and --resume"):
             Tuned(folder, tmp_path / "out").run()
     resumed = Tuned(folder, tmp_path / "out", resume=True).run()
