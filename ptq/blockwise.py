@@ -1,7 +1,8 @@
-"""Methods that train a whole block on stored activations: what training is fed, and what it reached.
+"""Whole blocks trained on stored activations: what training is fed, and what it reached.
 
-The full-precision stream passes through the block first: its outputs are the targets, and the next block's inputs. With
-aug_loss the block also runs on the quantized stream's inputs, and the mean of the two outputs is the target.
+OmniQuant: the full-precision stream passes through the block first: its outputs are the targets, and the next block's
+inputs. With aug_loss the block also runs on the quantized stream's inputs, and the mean of the two outputs is the
+target. Reconstruction finds that stream past the block already, and goes on from solved linears.
 """
 
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from calibration.store import ActivationStore
 from ptq.export.shards import DTYPES
 from ptq.quantizers.omniquant.block import TrainedBlock, omniquant
 from ptq.quantizers.omniquant.transform import Heads, Transformation
+from ptq.quantizers.reconstruct.block import reconstruct
 from ptq.quantizers.rtn import rtn
 
 
@@ -129,6 +131,52 @@ class BlockTraining:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class BlockReconstruction:
+    """One solved block, its live weights the quantized ones, between the quantized stream and the block's outputs.
+
+    Args:
+        model: StreamedModel with block i loaded.
+        i: The block.
+        streams: What enters the block in the quantized stream, and what leaves it in the full-precision one.
+        spec: QuantSpec.
+    """
+
+    def __init__(self, model, i: int, streams, spec):
+        self.model, self.i, self.spec, self.streams = model, i, spec, streams
+        self.block, self.arguments = model.blocks[i], streams.at(i)
+        self.energy = sum(float(x.float().square().mean()) for x in streams.full)
+
+    def error(self, *, advance: bool) -> float:
+        """Squared error of the block's outputs as a share of the full-precision ones' squares.
+
+        Args:
+            advance: Keep the outputs as the quantized stream.
+        """
+        total, inputs = 0.0, self.streams.quantized.on(self.model.device)
+        for b, arguments in enumerate(self.arguments):
+            out = run_block(self.block, inputs[b], arguments)
+            total += float(F.mse_loss(out.float().cpu(), self.streams.full[b].float()))
+            if advance:
+                self.streams.quantized[b] = out
+        return total / max(self.energy, torch.finfo(torch.float32).tiny)
+
+    def train(self, solved, weights):
+        """(linears by name, why training stopped or None) from solved linears and original weights by name."""
+        epochs, device = range(self.spec.reconstruct_epochs), self.model.device
+        return reconstruct(
+            self.block,
+            solved,
+            weights,
+            self.streams.quantized.on(device),
+            self.streams.full.on(device),
+            self.arguments,
+            self.spec,
+            generator=torch.Generator().manual_seed(self.spec.seed + 1000 * self.i),
+            transposed=self.model.family.transposed,
+            epochs=tqdm(epochs, desc=f"block {self.i}", unit="epoch", leave=False, disable=None),
+        )
 
 
 def _note_range(ranges, name, _, args):

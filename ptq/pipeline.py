@@ -28,6 +28,7 @@ from ptq.report.facts import weight_histograms
 from ptq.report.files import write_card, write_page
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
+from ptq.tuning.scales import ScaleTuning
 from ptq.walk import BATCH_TOKENS, Walk
 from ptq.workdir import WorkFolder, work_folder
 
@@ -161,6 +162,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     streamed, kind, clock = job.streamed, job.kind, job.clock
     walk = Walk(streamed, job.spec, kind.codec, work, clock, budget=job.budget)
     walk.run(job.drawn and job.drawn.tokens)
+    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.budget).run(job.drawn and job.drawn.tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
@@ -183,6 +185,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "runtimes": [verdict.as_dict() for verdict in verdicts],
         "bytes": kind.bytes_by_part(packed),
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
+        "tuning": work.tuned_report(),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

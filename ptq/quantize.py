@@ -9,13 +9,15 @@ from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
+from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
       the embedded demo model; needs no network
   python -m ptq.quantize --model meta-llama/Llama-3.2-3B --bits 4 --out llama-w4
       4 bits, loads in vLLM and transformers
+  python -m ptq.quantize --model ./my-model --effort best
+      2 bits, as good as time buys: codes and scales trained after the solver
   python -m ptq.quantize --model ./my-model --bits 3 --group 64 --asym --calibration my-text.txt
       your own model and text; asymmetric grids help most at 2 and 3 bits
 
@@ -63,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
                      help="gptq: by the Hessian of calibration text (default)\n"
                      "rtn: round to nearest, no text\n"
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
+    how.add_argument("--effort", choices=EFFORTS, default="fast",
+                     help="gptq: fast solves (default); balanced and best go on with\n"
+                     "gradients, for about 4 and 10 times the time")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
@@ -105,7 +110,7 @@ def main(argv=None):
 def _quantize(args, command):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    recipe = omniquant_recipe(args.bits) if args.method == "omniquant" else {}
+    recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})
     spec = QuantSpec(
         bits=args.bits,
         group_size=args.group,

@@ -42,6 +42,12 @@ class QuantSpec:
         let: OmniQuant: also learn scales of channels that fold into neighbouring weights.
         let_lr: OmniQuant: learning rate of those.
         let_shift: OmniQuant: also learn shifts of channels, where there are biases to hold them.
+        reconstruct_epochs: GPTQ: passes over the calibration rows in which a solved block's codes and scales are
+            trained; 0 leaves them as solved.
+        code_lr: Learning rate of the positions behind the codes, in codes.
+        scale_lr: Learning rate of scales in a block, relative to the scale.
+        tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.
+        tune_lr: Learning rate of scales then, relative to the scale.
     """
 
     bits: int = 2
@@ -67,6 +73,11 @@ class QuantSpec:
     let: bool = False
     let_lr: float = 5e-3
     let_shift: bool = False
+    reconstruct_epochs: int = 0
+    code_lr: float = 2e-2
+    scale_lr: float = 1e-2
+    tune_epochs: int = 0
+    tune_lr: float = 1e-2
 
     def __post_init__(self):
         rules = (
@@ -111,6 +122,13 @@ class QuantSpec:
             (self.lwc_lr > 0, f"lwc_lr {self.lwc_lr} is not positive"),
             (self.let_lr > 0, f"let_lr {self.let_lr} is not positive"),
             (self.let or not self.let_shift, "let_shift needs let"),
+            (self.reconstruct_epochs >= 0, f"reconstruct_epochs {self.reconstruct_epochs} is negative"),
+            (self.tune_epochs >= 0, f"tune_epochs {self.tune_epochs} is negative"),
+            (self.code_lr > 0, f"code_lr {self.code_lr} is not positive"),
+            (self.scale_lr > 0, f"scale_lr {self.scale_lr} is not positive"),
+            (self.tune_lr > 0, f"tune_lr {self.tune_lr} is not positive"),
+            (not self.refined or self.method == "gptq", f"effort is for method gptq, not {self.method}"),
+            (not self.refined or not self.desc_act, "desc_act shuffles groups, which effort above fast does not know"),
         )
         for holds, message in rules:
             if not holds:
@@ -121,6 +139,11 @@ class QuantSpec:
         """Whether the method trains whole blocks on stored activations."""
         return self.method == "omniquant"
 
+    @property
+    def refined(self) -> bool:
+        """Whether gradients go on from what the solver found."""
+        return self.reconstruct_epochs > 0 or self.tune_epochs > 0
+
     def columns_per_group(self, in_features: int) -> int:
         """Columns of a whole group in a row of `in_features` columns."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
@@ -128,6 +151,13 @@ class QuantSpec:
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+EFFORTS = {
+    "fast": {},
+    "balanced": {"reconstruct_epochs": 3, "tune_epochs": 3},
+    "best": {"reconstruct_epochs": 12, "tune_epochs": 8},
+}
 
 
 def omniquant_recipe(bits: int) -> dict:

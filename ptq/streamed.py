@@ -58,10 +58,12 @@ class StreamedModel:
         return f"{self.family.blocks}.{i}"
 
     @contextmanager
-    def block(self, i: int) -> Iterator[nn.Module]:
-        """Block i with its weights; they are dropped at the end."""
+    def block(self, i: int, *, linears: bool = True) -> Iterator[nn.Module]:
+        """Block i with its weights, perhaps without those of its linears; they are dropped at the end."""
         prefix = self.block_name(i) + "."
-        with self._weights([name for name in self._shapes if name.startswith(prefix)]):
+        names = [name for name in self._shapes if name.startswith(prefix)]
+        left_out = () if linears else {f"{prefix}{name}.weight" for name in self.family.linears}
+        with self._weights([name for name in names if name not in left_out]):
             yield self.blocks[i]
 
     def linear(self, i: int, name: str) -> nn.Module:
@@ -108,7 +110,6 @@ class StreamedModel:
         """Hidden states entering block 0 and every block's other arguments, for tokens (batch, T); inside outside()."""
         return record_block_inputs(lambda: self._base(tokens), self.blocks)
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, T, vocabulary) from the last block's output (batch, T, D); inside outside(head=True)."""
         forwards = [lambda x, *args, **kwargs: x] * len(self.blocks)

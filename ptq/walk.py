@@ -18,7 +18,7 @@ from calibration.capture import SuspendedForwards, run_block
 from calibration.errors import InputError, TrainingStopped
 from calibration.hessian import Hessian
 from calibration.store import ActivationStore
-from ptq.blockwise import BlockTraining
+from ptq.blockwise import BlockReconstruction, BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
@@ -102,7 +102,7 @@ class Walk:
         spill = self.work.folder / "activations"
         share = self.budget and self.budget // 4
         quantized = ActivationStore(spill / "quantized", share)
-        two = self.spec.trains or self.spec.correction > 0
+        two = self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0
         streams, by_rows = Streams(quantized, ActivationStore(spill / "full", share) if two else None), {}
         rows = self.spec.train_rows if self.spec.trains else max(1, BATCH_TOKENS // tokens.shape[1])
         with self.model.outside(head=False):
@@ -141,6 +141,8 @@ class Walk:
             return tensors, report
         if self.spec.trains:
             return self._train_block(i, streams)
+        weights = {name: self.model.weight(i, name).clone() for name in self._reconstructed}
+        linears = {}
         with ExitStack() as open_forwards:
             quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
             self._run_ahead(full, streams.full)
@@ -150,9 +152,38 @@ class Walk:
                 self._run_ahead(full, streams.full)  # before solving: a stage's inputs may be wider than its outputs
                 release_freed()
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
+                linears |= dict(zip(stage, solved, strict=True))
                 self._keep(i, stage, solved, tensors, report)
-            self._run_ahead([quantized], streams.quantized)
+            if not weights:
+                self._run_ahead([quantized], streams.quantized)
+        if weights:
+            self._reconstruct(i, streams, weights, linears, tensors, report)
         return tensors, report
+
+    @property
+    def _reconstructed(self):
+        """Linears whose solution is trained on."""
+        return self.model.family.linears if self.spec.reconstruct_epochs else ()
+
+    def _reconstruct(self, i, streams, weights, solved, tensors, report):
+        """Trains a solved block on, keeps the better of the two, and takes the quantized stream through it."""
+        names = list(solved)
+        start, entries = ({name: pair[part] for name, pair in solved.items()} for part in (0, 1))
+        training = BlockReconstruction(self.model, i, streams, self.spec)
+        with self.clock.phase("forward"):
+            before = training.error(advance=False)
+        with self.clock.phase("reconstruct"):
+            trained, stopped = training.train(start, weights)
+        self._keep(i, names, [(trained[name], entries[name]) for name in names], tensors, report)
+        with self.clock.phase("forward"):
+            after = reached = training.error(advance=False)
+            if not after < before:
+                self._keep(i, names, solved.values(), tensors, report)
+                reached = before
+            training.error(advance=True)
+        gained = {"block_error_solved": before, "block_error": reached} | ({"stopped": stopped} if stopped else {})
+        for entry in report.values():
+            entry |= gained
 
     def _train_block(self, i, streams):
         """The same for methods that train a block as a whole."""

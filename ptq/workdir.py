@@ -1,8 +1,9 @@
 """The work folder of a run: what is finished survives a kill, and only the same run may go on with it.
 
 `<out>.ptq-work/` lies beside the output. It holds run.json (what the run is), one safetensors file a finished block,
-spilled activations, and the artefact while it is written. Every file is written aside, synced and renamed, so a name
-that exists is whole. The lock is the operating system's: it goes with the process that holds it.
+one with what tuning changed in them, spilled activations, and the artefact while it is written. Every file is written
+aside, synced and renamed, so a name that exists is whole. The lock is the operating system's: it goes with the process
+that holds it.
 """
 
 import fcntl
@@ -88,6 +89,9 @@ class WorkFolder:
         for path in self._blocks():
             if not _is_whole(path):
                 path.unlink()
+                self._tuned.unlink(missing_ok=True)  # tuning begins when all blocks are there
+        if self.has_tuned and not _is_whole(self._tuned):
+            self._tuned.unlink()
         self.resumed = any(self._blocks())
 
     def _remove_made(self):
@@ -119,22 +123,37 @@ class WorkFolder:
 
     def save_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
         """Keeps a finished block: its packed tensors by full name, and its part of the report."""
-        aside = self._block(i).with_suffix(".partial")
-        metadata = {"report": json.dumps(report), "order": json.dumps(list(tensors))}
-        metadata["sha256"] = _content_hash(metadata, tensors.values())
-        write_shard(aside, [tensor_entry(name, tensor) for name, tensor in tensors.items()], metadata=metadata)
-        os.replace(aside, self._block(i))
-        sync_folder(self.folder)
+        self._save(self._block(i), tensors, report)
+
+    @property
+    def has_tuned(self) -> bool:
+        """Whether tuning is finished."""
+        return self._tuned.exists()
+
+    def save_tuned(self, tensors: dict[str, torch.Tensor], report: dict):
+        """Keeps what tuning changed: tensors that from now on stand in for the blocks', and a report.
+
+        Args:
+            tensors: By full name, of the same shapes and dtypes as in their blocks.
+            report: Its "linears" are added to those of the blocks' reports.
+        """
+        self._save(self._tuned, tensors, report)
+
+    def tuned_report(self) -> dict | None:
+        """The report of tuning without its linears; None before it is finished."""
+        return {k: v for k, v in _report(self._tuned).items() if k != "linears"} if self.has_tuned else None
 
     def load_block(self, i: int) -> dict[str, torch.Tensor]:
         """The packed tensors of a finished block, in the order in which they were saved."""
-        with _open_block(self._block(i)) as file:
-            return {name: file.get_tensor(name).clone() for name in json.loads(file.metadata()["order"])}
+        return {name: self.read(i, name) for name, _, _ in self.layout(i)}
 
     def read(self, i: int, name: str) -> torch.Tensor:
         """One packed tensor of a finished block."""
-        with _open_block(self._block(i)) as file:
-            return file.get_tensor(name).clone()
+        for path in (self._tuned, self._block(i)) if self.has_tuned else (self._block(i),):
+            with _open_block(path) as file:
+                if name in file.keys():  # noqa: SIM118 - it is no dict
+                    return file.get_tensor(name).clone()
+        raise KeyError(name)
 
     def layout(self, i: int) -> list[tuple[str, str, tuple]]:
         """(name, dtype, shape) of the packed tensors of a finished block."""
@@ -144,8 +163,20 @@ class WorkFolder:
 
     def report(self, i: int) -> dict:
         """A finished block's part of the report."""
-        with _open_block(self._block(i)) as file:
-            return json.loads(file.metadata()["report"])
+        tuned = _report(self._tuned)["linears"] if self.has_tuned else {}
+        return {name: entry | tuned.get(name, {}) for name, entry in _report(self._block(i)).items()}
+
+    def _save(self, path, tensors, report):
+        aside = path.with_suffix(".partial")
+        metadata = {"report": json.dumps(report), "order": json.dumps(list(tensors))}
+        metadata["sha256"] = _content_hash(metadata, tensors.values())
+        write_shard(aside, [tensor_entry(name, tensor) for name, tensor in tensors.items()], metadata=metadata)
+        os.replace(aside, path)
+        sync_folder(self.folder)
+
+    @property
+    def _tuned(self):
+        return self.folder / "tuned.safetensors"
 
     def _block(self, i):
         return self.folder / f"block-{i:05d}.safetensors"
@@ -202,6 +233,11 @@ def _open_block(path: Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise OSError(None, f"damaged since it was written ({error})", str(path)) from None
+
+
+def _report(path: Path) -> dict:
+    with _open_block(path) as file:
+        return json.loads(file.metadata()["report"])
 
 
 def _is_whole(path: Path) -> bool:

@@ -87,6 +87,8 @@ class GgufFormat:
                 raise InputError(f"--{flag} {name!r} is not one of {', '.join(known)}")
         if spec.trains:
             raise InputError(f"method {spec.method!r} trains uniform groups: --format gguf takes gptq or rtn")
+        if spec.refined:
+            raise InputError("effort above fast trains uniform groups: --format gguf takes --effort fast")
         self.spec, self.codec = replace(spec, ggml_type=self.ggml_type), GgufCodec(self.ggml_type)
 
     def name(self, model: str) -> str:

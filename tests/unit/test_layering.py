@@ -33,7 +33,11 @@ LAYERS = {
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.pipeline": (
         "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats", "ptq.memory",
-        "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
+    ),
+    "ptq.tuning": (
+        "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
+        "calibration",
     ),
     "ptq.convert": (
         "ptq.export", "ptq.formats", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",

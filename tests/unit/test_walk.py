@@ -17,10 +17,11 @@ from calibration.store import ActivationStore
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.export.gptq_tensors import GptqCodec
+from ptq.qtensor import digest
 from ptq.quantizers.rtn import rtn
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.walk import Walk, digest
+from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(5 * 20).reshape(5, 20) * 7 % 290

@@ -1,0 +1,1 @@
+"""What gradients add to a solved block: codes and scales reconstructed, scales tuned."""

@@ -1,0 +1,1 @@
+"""The scales of all blocks, tuned end to end after the walk."""

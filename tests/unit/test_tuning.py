@@ -1,0 +1,196 @@
+"""Tuning of scales end to end: its gradient is that of the whole model, and what it keeps is never worse."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_columns import one_thread  # noqa: F401
+from tiny_models import make_tiny
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import ptq.evaluation.stream
+import ptq.tuning.scales
+import ptq.tuning.student
+from calibration.errors import TrainingStopped
+from ptq import QuantSpec, quantize_model
+from ptq.checkpoint import open_checkpoint
+from ptq.clock import Clock
+from ptq.evaluation.stream import batches_of
+from ptq.export.gptq_tensors import GptqCodec
+from ptq.streamed import StreamedModel
+from ptq.tuning.scales import ScaleTuning
+from ptq.tuning.student import StreamedStudent
+from ptq.walk import Walk
+from ptq.workdir import WorkFolder
+
+DIFFERENT = torch.arange(6 * 20).reshape(6, 20) * 7 % 290
+TOKENS = DIFFERENT[:1].expand(6, -1).contiguous()  # what is held back is what is trained on, so that gains are certain
+SPEC = QuantSpec(bits=2, group_size=32, tune_epochs=3, tune_lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folders = {}
+
+    def get(model_type):
+        if model_type not in folders:
+            folders[model_type] = make_tiny(model_type, tmp_path_factory.mktemp(model_type))
+        return folders[model_type]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(ptq.evaluation.stream, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(ptq.tuning.student, "LOGIT_ENTRIES", 7 * 300)  # a head that takes 20 tokens in three parts
+
+
+class Tuned:
+    """A walk into a work folder, ready to be tuned."""
+
+    def __init__(self, folder, out, spec=SPEC, *, tokens=TOKENS, resume=False, budget=None):
+        self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
+        self.codec = GptqCodec(spec.bits, spec.group_size, spec.checkpoint_format)
+        self.work = WorkFolder(out, {"spec": spec.as_dict()}, resume=resume)
+        Walk(self.model, spec, self.codec, self.work, Clock(), budget=budget).run(tokens)
+        self.tuning = ScaleTuning(self.model, spec, self.codec, self.work, Clock(), budget=budget)
+
+    def run(self):
+        try:
+            self.tuning.run(TOKENS)
+        finally:
+            self.work.close()
+        return self
+
+    @property
+    def saved(self):
+        return (self.work.folder / "tuned.safetensors").read_bytes()
+
+    def tensors(self):
+        return [self.work.load_block(i) for i in range(len(self.model.blocks))]
+
+
+def whole_model_gradients(folder, student, tokens):
+    """Divergence on some tokens and its gradients to all factors by autograd of the dense model in one piece."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    parameters, factors = {}, []
+    for i in range(len(student.model.blocks)):
+        for name, qt in student._quantized(i).items():
+            factor = torch.zeros_like(qt.scale, requires_grad=True)
+            g = qt.g_idx.long()
+            W = (qt.scale * (1 + factor))[:, g] * (qt.codes.float() - qt.zero[:, g])
+            full = f"{student.model.block_name(i)}.{name}.weight"
+            parameters[full] = W.T if student.model.family.transposed else W
+            factors.append(factor)
+    p = model(tokens, use_cache=False).logits.detach().log_softmax(-1)
+    q = functional_call(model, parameters, (tokens,), {"use_cache": False}).logits.log_softmax(-1)
+    loss = (p.exp() * (p - q)).sum(-1).mean()
+    return loss.item(), torch.autograd.grad(loss, factors)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])  # gpt2: transposed; gemma2: capped logits
+@pytest.mark.parametrize("budget", [None, 1])
+@torch.no_grad()
+def test_the_streamed_gradient_is_that_of_the_whole_model(model_type, budget, tiny, tmp_path):
+    tuned = Tuned(tiny(model_type), tmp_path / "out", replace(SPEC, sym=False, bits=3), tokens=DIFFERENT, budget=budget)
+    student = StreamedStudent(tuned.model, tuned.codec, tuned.work, budget)
+    with torch.enable_grad():
+        loss, expected = whole_model_gradients(tiny(model_type), student, DIFFERENT[[4, 1]])
+    text = student.open(batches_of(DIFFERENT))
+    with tuned.model.outside(head=True):
+        assert student.backward(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
+        assert student.divergence(text, [4, 1]) == pytest.approx(loss, rel=1e-4)
+    found = [factor.grad.squeeze(-1) for factors in student.factors for factor in factors.values()]
+    for ours, theirs in zip(found, expected, strict=True):
+        # fp32 sums of a few thousand terms in another order
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    tuned.work.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 1, "group_size": 48}, {"sym": False, "bits": 3, "tune_lr": 3e-3}])
+def test_tuning_lowers_the_divergence_and_touches_scales_alone(options, tiny, tmp_path):
+    tuned = Tuned(tiny("llama"), tmp_path / "out", replace(SPEC, **options))
+    before = tuned.tensors()
+    tuned.run()
+    report = tuned.work.tuned_report()
+    assert report["kl_after"] == min(report["kl_epochs"]) < report["kl_before"] and "linears" not in report
+    for old, new in zip(before, tuned.tensors(), strict=True):
+        changed = {name for name in old if not torch.equal(old[name], new[name])}
+        assert changed == {name for name in old if name.endswith(".scales")}
+
+
+def test_without_epochs_nothing_happens(tiny, tmp_path):
+    tuned = Tuned(tiny("llama"), tmp_path / "out", replace(SPEC, tune_epochs=0)).run()
+    assert not tuned.work.has_tuned and tuned.work.tuned_report() is None
+
+
+def test_epochs_that_make_it_worse_are_not_kept(tiny, tmp_path):
+    tuned = Tuned(tiny("llama"), tmp_path / "out", replace(SPEC, tune_lr=3.0, tune_epochs=9))
+    before = tuned.tensors()
+    tuned.run()
+    report = tuned.work.tuned_report()
+    assert report["kl_after"] == report["kl_before"] < min(report["kl_epochs"])
+    assert len(report["kl_epochs"]) == ptq.tuning.scales.PATIENCE
+    assert all(torch.equal(old[n], new[n]) for old, new in zip(before, tuned.tensors(), strict=True) for n in old)
+
+
+def test_a_killed_or_spilled_run_gives_the_same_bytes(tiny, tmp_path, monkeypatch):
+    folder = tiny("llama")
+    whole = Tuned(folder, tmp_path / "whole").run()
+    killed = Tuned(folder, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ptq.tuning.scales, "_cosine", lambda *_: interrupt())
+        killed.run()
+    assert not killed.work.has_tuned
+    resumed = Tuned(folder, tmp_path / "out", resume=True, budget=1).run()
+    assert resumed.saved == whole.saved
+    monkeypatch.setattr(ScaleTuning, "_train", None)  # a finished run is not tuned again
+    assert Tuned(folder, tmp_path / "out", resume=True).run().saved == whole.saved
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_what_is_damaged_is_done_again(tiny, tmp_path):
+    folder = tiny("llama")
+    whole = Tuned(folder, tmp_path / "out").run()
+    expected = whole.saved
+    for name in ("tuned.safetensors", "block-00001.safetensors"):
+        path = whole.work.folder / name
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        again = Tuned(folder, tmp_path / "out", resume=True)
+        assert not again.work.has_tuned
+        assert again.run().saved == expected
+
+
+def test_a_divergence_that_is_not_finite_keeps_the_best(tiny, tmp_path, monkeypatch):
+    real, calls = StreamedStudent.backward, []
+
+    def diverging(self, text, batches):
+        calls.append(batches)
+        return torch.nan if len(calls) == 7 else real(self, text, batches)
+
+    folder = tiny("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedStudent, "backward", diverging)
+        with pytest.raises(TrainingStopped, match="divergence is nan at epoch 2, step 2; .* kept and --resume"):
+            Tuned(folder, tmp_path / "out").run()
+    resumed = Tuned(folder, tmp_path / "out", resume=True).run()
+    report = resumed.work.tuned_report()
+    assert report["kl_after"] == report["kl_epochs"][0] < report["kl_before"] and len(report["kl_epochs"]) == 1
+
+
+def test_the_written_file_is_the_tuned_one(tiny, tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS.numpy())
+    options = {"calibration": str(tmp_path / "tokens.npy"), "heldout": str(tmp_path / "tokens.npy")}
+    spec = replace(SPEC, reconstruct_epochs=2)
+    fast, best = (
+        quantize_model(tiny("llama"), each, out=tmp_path / f"out{each.tune_epochs}", **options).report
+        for each in (replace(spec, tune_epochs=0, reconstruct_epochs=0), spec)
+    )
+    assert fast["tuning"] is None and best["tuning"]["kl_after"] < best["tuning"]["kl_before"]
+    assert best["perplexity"]["after"]["perplexity"] < fast["perplexity"]["after"]["perplexity"]
