@@ -13,6 +13,7 @@ from tqdm import tqdm
 from calibration.errors import TrainingStopped
 from ptq.clock import Clock
 from ptq.evaluation.stream import batches_of
+from ptq.qtensor import digest
 from ptq.streamed import StreamedModel
 from ptq.tuning.student import StreamedStudent, Text
 from ptq.workdir import WorkFolder
