@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
                      help="gptq: fast solves (default); balanced and best go on with\n"
-                     "gradients, for about 4 and 10 times the time")  # fmt: skip
+                     "gradients, for about 4 and 8 times the time")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"

@@ -156,7 +156,7 @@ class QuantSpec:
 EFFORTS = {
     "fast": {},
     "balanced": {"reconstruct_epochs": 3, "tune_epochs": 3},
-    "best": {"reconstruct_epochs": 12, "tune_epochs": 8},
+    "best": {"reconstruct_epochs": 8, "code_lr": 1e-2, "tune_epochs": 8},
 }
 
 
