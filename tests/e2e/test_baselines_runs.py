@@ -53,7 +53,24 @@ def tiny(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 40)
     text = tmp_path / "text.txt"
     flags = ["--preset", "bitdistiller", "--stand-in", tmp_path / "model", "--texts", text, "--calibration", text]
-    return [*flags, "--samples", 4, "--seqlen", 32, "--groups", 32, 128, "--bits", 3, 1, "--max-tokens", 256]
+    return [
+        *flags,
+        "--samples",
+        4,
+        "--seqlen",
+        32,
+        "--groups",
+        32,
+        128,
+        "--bits",
+        3,
+        1,
+        "--max-tokens",
+        256,
+        "--methods",
+        "rtn",
+        "gptq",
+    ]
 
 
 def test_killed_twice_and_one_cell_that_fails(tiny, tmp_path):
