@@ -45,8 +45,13 @@ class QuantizedTensor:
 
     def dequantize(self) -> torch.Tensor:
         """(O, I) float32 values; one multiplication and one subtraction per weight, so the result is exact in order."""
-        g = self.g_idx.long()
-        return self.scale[:, g] * (self.codes.float() - self.zero[:, g])
+        g, values = self.g_idx.long(), torch.empty(self.codes.shape, device=self.codes.device)
+        step = max(1, MEBIBYTE // self.codes.shape[1])  # some rows at a time: the whole in three copies is large
+        for first in range(0, len(values), step):
+            part = slice(first, first + step)
+            codes = self.codes[part].float().sub_(self.zero[part][:, g])
+            torch.mul(self.scale[part][:, g], codes, out=values[part])
+        return values
 
     def rows(self, part: slice) -> "QuantizedTensor":
         """The same for some of the outputs."""

@@ -152,8 +152,10 @@ class Walk:
                 self._run_ahead(full, streams.full)  # before solving: a stage's inputs may be wider than its outputs
                 release_freed()
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
-                linears |= dict(zip(stage, solved, strict=True))
                 self._keep(i, stage, solved, tensors, report)
+                if weights:
+                    linears |= dict(zip(stage, solved, strict=True))
+                del solved
             if not weights:
                 self._run_ahead([quantized], streams.quantized)
         if weights:
