@@ -51,7 +51,11 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0) -> Solution:
     """
     weights = [weights] if isinstance(weights, torch.Tensor) else weights
     stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed)
-    tensors, losses = zip(*(stage.solve(W) for W in _row_chunks(weights, CHUNK)), strict=True)
+    targets = map(stage.target, _row_chunks(weights, CHUNK))
+    if G is not None and G.numel() > sum(W.numel() for W in weights):
+        targets = list(targets)  # takes less memory than G, which has done its work then
+        stage.mismatch = G.set_()
+    tensors, losses = zip(*(stage.solve(*target) for target in targets), strict=True)
     quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
     for consumed in (H, G):
         if consumed is not None:
@@ -84,19 +88,19 @@ class _Stage:
         self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
         self.H = H
 
-    def solve(self, W):
-        """Some rows W (O, I), quantized, and their losses: refined, before refinement, of plain rounding, of zeros."""
+    def target(self, W):
+        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it."""
         W = W[:, self.layout]
-        Wt = W[:, self.order].T.contiguous()
-        plain = fit_spans(W, self.span, self.grid.fit_minmax)
+        target = Wt = W[:, self.order].T.contiguous()
         if self.mismatch is not None:
             shift = target_shift(Wt.T @ self.mismatch, self.U).mul_(self.spec.correction)
-            loss_rtn, energy = self._baseline(Wt, plain, target=Wt + shift.T)
-            Wt += shift.T
+            target = torch.add(Wt, shift.T, out=torch.empty_like(Wt))
             del shift
-        else:
-            loss_rtn, energy = self._baseline(Wt, plain, target=Wt)
-        del W, plain
+        plain = fit_spans(W, self.span, self.grid.fit_minmax)
+        return target, *self._baseline(Wt, plain, target)
+
+    def solve(self, Wt, loss_rtn, energy):
+        """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
         codes, params, loss_gptq = self._round(Wt)
         loss = loss_gptq
         if self.spec.refine_rounds:
