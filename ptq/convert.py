@@ -12,7 +12,7 @@ from ptq.export.gguf.codecs import pack
 from ptq.export.gguf.layout import FLOAT_TYPES, EncodedTensor
 from ptq.export.gguf.types import BY_NAME
 from ptq.export.gguf.writer import check_writable, write_gguf
-from ptq.formats.gguf import TYPE_OF_BITS, outer_tensors
+from ptq.formats.gguf import OUTER_TYPES, TYPE_OF_BITS, check_type, outer_tensors
 from ptq.gguf.weights import GgufCheckpoint
 from ptq.qtensor import QuantizedTensor
 from ptq.reload import GptqCheckpoint, open_tokenizer, open_weights
@@ -41,6 +41,7 @@ def convert(
     weights = open_weights(path)
     if isinstance(weights, GgufCheckpoint):
         raise InputError(f"{path}: is a GGUF file already")
+    check_type("embed-type", embed_type, OUTER_TYPES)
     is_packed = isinstance(weights, GptqCheckpoint)
     if not is_packed and ggml_type not in (None, *FLOAT_TYPES):
         raise InputError(

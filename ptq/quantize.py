@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--format", choices=CHECKPOINT_FORMATS, default=defaults.checkpoint_format,
                       help="gptq: what every GPTQ loader reads (default)\n"
                       "gptq_v2: stores zero points as they are\n"
-                      "gguf: one file for llama.cpp, Ollama and LM Studio; --type chooses the grid")  # fmt: skip
+                      "gguf: one file for llama.cpp; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
                       help="gguf: " + " ".join(BLOCK_GRIDS)
                       + "\n(default: by --bits: Q1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip

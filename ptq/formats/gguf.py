@@ -29,7 +29,18 @@ NARROWER = {  # for rows that do not fill a type's blocks, the nearest types tha
 }  # fmt: skip
 OUTER_TYPE = "Q6_K"  # of embedding and head, where the user does not say: hardly worse than F16
 EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "wte"), ("lm_head", "embed_out")
+OUTER_TYPES = (*BLOCK_GRIDS, *FLOAT_TYPES)
 CHUNK = 1 << 22  # weights of an embedding encoded at once
+
+
+def check_type(flag: str, name: str | None, known):
+    """Refuses a type that is none.
+
+    Raises:
+        InputError: Naming the flag and the types there are.
+    """
+    if name is not None and name not in known:
+        raise InputError(f"--{flag} {name!r} is not one of {', '.join(known)}")
 
 
 class GgufCodec:
@@ -81,10 +92,15 @@ class GgufFormat:
         if spec.ggml_type is None and spec.bits not in TYPE_OF_BITS:
             raise InputError(f"bits {spec.bits}: no llama.cpp type is the usual one for them; choose with --type")
         self.ggml_type = spec.ggml_type or TYPE_OF_BITS[spec.bits]
-        for flag, name in (("type", self.ggml_type), ("embed-type", spec.embed_type), ("head-type", spec.head_type)):
-            known = [*BLOCK_GRIDS] if flag == "type" else [*BLOCK_GRIDS, *FLOAT_TYPES]
-            if name is not None and name not in known:
-                raise InputError(f"--{flag} {name!r} is not one of {', '.join(known)}")
+        check_type("type", self.ggml_type, BLOCK_GRIDS)
+        outer = {"embed-type": spec.embed_type, "head-type": spec.head_type}
+        for flag, name in outer.items():
+            check_type(flag, name, OUTER_TYPES)
+        floats = {name for name in outer.values() if name in FLOAT_TYPES}
+        if len(floats) > 1:
+            raise InputError(
+                f"--embed-type and --head-type are {' and '.join(sorted(floats))}: a file has one float type"
+            )
         if spec.trains:
             raise InputError(f"method {spec.method!r} trains uniform groups: --format gguf takes gptq or rtn")
         if spec.refined:
@@ -170,7 +186,7 @@ class GgufFormat:
 
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the file."""
-        return [Runtime("llama.cpp, Ollama, LM Studio", True, "")]
+        return [Runtime("llama.cpp", True, "")]
 
 
 def _nbytes(tensor):

@@ -92,6 +92,8 @@ def test_what_does_not_fit_is_one_line_and_no_file(folder, capsys):
     refused(capsys, export, [ragged], "mlp.down_proj", "groups of 48", "--type Q4_K")
     refused(capsys, export, [source, "--type", "Q2_K"], "python -m ptq.quantize --format gguf --type Q2_K")
     refused(capsys, export, [folder / "nothing"], "nothing")
+    for kind in ("Q9_K", "IQ2_XS"):
+        refused(capsys, export, [ragged, "--embed-type", kind], f"--embed-type '{kind}' is not one of")
     (folder / "there.gguf").write_bytes(b"mine")
     refused(capsys, export, [source, "--out", "there.gguf"], "exists already")
     assert (folder / "there.gguf").read_bytes() == b"mine"

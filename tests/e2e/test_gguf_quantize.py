@@ -127,6 +127,7 @@ def test_mistakes_are_one_line(folder, capsys):
     given = ["--model", source, "--calibration", "c.npy", "--heldout", "none", "--format", "gguf"]
     refused(capsys, quantize, [*given, "--type", "Q9_K"], "--type 'Q9_K' is not one of")
     refused(capsys, quantize, [*given, "--embed-type", "Q9_K"], "--embed-type 'Q9_K'")
+    refused(capsys, quantize, [*given, "--embed-type", "F32", "--head-type", "F16"], "one float type")
     refused(capsys, quantize, [*given, "--bits", "7"], "bits 7", "--type")
     refused(capsys, quantize, [*given, "--act-order"], "desc_act")
     refused(capsys, quantize, [*given, "--method", "omniquant"], "omniquant", "gptq or rtn")
