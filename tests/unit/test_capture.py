@@ -7,7 +7,6 @@ import pytest
 import torch
 from greenlet import getcurrent
 from test_columns import one_thread  # noqa: F401
-from tiny_models import make_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,18 +18,6 @@ from ptq.streamed import StreamedModel
 MODEL_TYPES = sorted(FAMILIES)
 TOKENS = torch.arange(3 * 20).reshape(3, 20) % 290  # longer than Gemma's window of 16
 BATCHES = TOKENS.split(2)  # a whole batch and a ragged one
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type):
-        if model_type not in folders:
-            folders[model_type] = make_tiny(model_type, tmp_path_factory.mktemp(model_type))
-        return folders[model_type]
-
-    return get
 
 
 @pytest.fixture

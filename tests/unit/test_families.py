@@ -14,18 +14,6 @@ from ptq.families import FAMILIES, family_of
 MODEL_TYPES = sorted(FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type):
-        if model_type not in folders:
-            folders[model_type] = make_tiny(model_type, tmp_path_factory.mktemp(model_type))
-        return folders[model_type]
-
-    return get
-
-
 def run_block_linears(model, blocks):
     """(name, input) of every linear's call, block by block; holding the inputs keeps their identities unique."""
     calls = [[] for _ in blocks]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from test_columns import one_thread  # noqa: F401
-from tiny_models import make_tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -26,19 +25,6 @@ from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
 SPEC = QuantSpec(bits=2, group_size=32, method="omniquant", sym=False, epochs=4, lwc_lr=0.1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type, **options):
-        key = (model_type, *sorted(options.items()))
-        if key not in folders:
-            folders[key] = make_tiny(model_type, tmp_path_factory.mktemp(model_type), **options)
-        return folders[key]
-
-    return get
 
 
 class OneBlock:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from test_columns import one_thread  # noqa: F401
-from tiny_models import make_tiny
 
 import ptq.blockwise
 import ptq.walk
@@ -24,18 +23,6 @@ from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
 SPEC = QuantSpec(bits=2, group_size=32, reconstruct_epochs=4, code_lr=0.05)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type):
-        if model_type not in folders:
-            folders[model_type] = make_tiny(model_type, tmp_path_factory.mktemp(model_type))
-        return folders[model_type]
-
-    return get
 
 
 @pytest.fixture(autouse=True)

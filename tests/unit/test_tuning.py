@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from test_columns import one_thread  # noqa: F401
-from tiny_models import make_tiny
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -28,18 +27,6 @@ from ptq.workdir import WorkFolder
 DIFFERENT = torch.arange(6 * 20).reshape(6, 20) * 7 % 290
 TOKENS = DIFFERENT[:1].expand(6, -1).contiguous()  # what is held back is what is trained on, so that gains are certain
 SPEC = QuantSpec(bits=2, group_size=32, tune_epochs=3, tune_lr=0.02)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type):
-        if model_type not in folders:
-            folders[model_type] = make_tiny(model_type, tmp_path_factory.mktemp(model_type))
-        return folders[model_type]
-
-    return get
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_columns import one_thread  # noqa: F401
-from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM
 
 import ptq.walk
@@ -28,19 +27,6 @@ TOKENS = torch.arange(5 * 20).reshape(5, 20) * 7 % 290
 BATCH_TOKENS = 40  # batches of 2, 2 and 1 rows
 MODEL_TYPES = ["llama", "gpt2", "opt", "gemma3_text"]  # separate q, k, v; transposed; flattened; two kinds of mask
 SPEC = QuantSpec(bits=3, group_size=32, refine_rounds=1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folders = {}
-
-    def get(model_type, blocks=2):
-        if (model_type, blocks) not in folders:
-            folder = tmp_path_factory.mktemp(model_type)
-            folders[model_type, blocks] = make_tiny(model_type, folder, blocks=blocks)
-        return folders[model_type, blocks]
-
-    return get
 
 
 class Recorded:
@@ -205,7 +191,7 @@ def test_spilled_activations_change_nothing(model_type, correction, walk, tiny, 
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 def test_resuming_repeats_the_run_bit_by_bit(correction, walk, tiny, tmp_path):
     spec = QuantSpec(bits=3, group_size=32, refine_rounds=1, correction=correction)
-    folder = tiny("llama", 3)
+    folder = tiny("llama", blocks=3)
     whole = walk(folder, tmp_path / "whole", spec)
     assert len(whole.files) == 3
     for stop in (0, 1):
@@ -223,7 +209,7 @@ def test_resuming_repeats_the_run_bit_by_bit(correction, walk, tiny, tmp_path):
 
 
 def test_a_missing_block_in_the_middle_is_made_again(walk, tiny, tmp_path):
-    folder, out = tiny("llama", 3), tmp_path / "out"
+    folder, out = tiny("llama", blocks=3), tmp_path / "out"
     whole = walk(folder, out)
     for lost in (0, 1):
         path = whole.work.folder / f"block-{lost:05d}.safetensors"

@@ -104,6 +104,25 @@ class Ramp:
         return scale * codes - zero
 
 
+class Levelled:
+    """A grid whose codes mean what its `levels` say."""
+
+    levels: Even | Table | Ramp
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the levels."""
+        return self.levels.arithmetic
+
+    def encode(self, w, scale, zero):
+        """Nearest codes."""
+        return self.levels.encode(w, scale, zero)
+
+    def decode(self, codes, scale, zero):
+        """Values."""
+        return self.levels.decode(codes, scale, zero)
+
+
 def half(x):
     """Rounds to the nearest finite fp16 value, kept in the tensor's own dtype."""
     return x.clamp(-HALF_MAX, HALF_MAX).half().to(x.dtype)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq.grids.blocks.levels import Ramp, half_nonzero, half_or_nan
+from ptq.grids.blocks.levels import Levelled, Ramp, half_nonzero, half_or_nan
 from ptq.grids.blocks.scaled import columns_of_steps
 from ptq.grids.blocks.search import TINY, in_chunks, search_ramp
-from ptq.grids.grid import Arithmetic, Knob
+from ptq.grids.grid import Knob
 
 FEWEST_SHARE = 0.7  # of the range of the whole numbers, used by the largest step
 CANDIDATES = 16
@@ -22,7 +22,7 @@ NEIGHBOURS = [(a, b) for a in (0, -1, 1) for b in (0, -1, 1) if a or b]
 
 
 @dataclass(frozen=True)
-class MinsGrid:
+class MinsGrid(Levelled):
     """Params (sub, low, d, dmin): value = d * sub * code - dmin * low.
 
     sub and low are (k, R) whole numbers in 0..top, d and dmin (R,) in fp16.
@@ -39,11 +39,6 @@ class MinsGrid:
     top: int
     levels: Ramp
     span = 256
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """That of the levels."""
-        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Ramps by search, then d, dmin and whole numbers near them, each step judged by its error; both directions."""
@@ -143,14 +138,6 @@ class MinsGrid:
     def columns_per_step(self, span: int) -> int:
         """The format's."""
         return self.width
-
-    def encode(self, w, scale, zero):
-        """Nearest codes."""
-        return self.levels.encode(w, scale, zero)
-
-    def decode(self, codes, scale, zero):
-        """Values."""
-        return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
         """Each step's sub-scale and sub-minimum as a pair, then d and dmin as a pair."""

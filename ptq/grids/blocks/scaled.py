@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq.grids.blocks.levels import Even, Table, half_nonzero, half_or_nan
+from ptq.grids.blocks.levels import Even, Levelled, Table, half_nonzero, half_or_nan
 from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_scale
-from ptq.grids.grid import Arithmetic, Knob
+from ptq.grids.grid import Knob
 
 MOST_SHARES = 1.0, 0.75  # how much of the range of sub-scales the largest step uses, from most to least
 CANDIDATES = 18
@@ -18,7 +18,7 @@ POLISH = 2
 
 
 @dataclass(frozen=True)
-class ScaledGrid:
+class ScaledGrid(Levelled):
     """Params (sub, d): a step's scale is d * sub; sub (k, R) whole numbers in -limit..limit-1, d (R,) in fp16.
 
     Attributes:
@@ -33,11 +33,6 @@ class ScaledGrid:
     limit: int
     levels: Even | Table
     span = 256
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """That of the levels."""
-        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """A real scale for each step by search, then d and whole numbers near them, each step judged by its error."""
@@ -109,14 +104,6 @@ class ScaledGrid:
     def columns_per_step(self, span: int) -> int:
         """The format's."""
         return self.width
-
-    def encode(self, w, scale, zero):
-        """Nearest codes."""
-        return self.levels.encode(w, scale, zero)
-
-    def decode(self, codes, scale, zero):
-        """Values."""
-        return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
         """Every sub-scale, then d."""

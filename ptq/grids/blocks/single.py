@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq.grids.blocks.levels import Even, Ramp, Table, half, half_nonzero, half_or_nan
+from ptq.grids.blocks.levels import Even, Levelled, Ramp, Table, half, half_nonzero, half_or_nan
 from ptq.grids.blocks.search import TINY, in_chunks, plain_scale, search_ramp, search_scale, weighted_error
-from ptq.grids.grid import Arithmetic, Knob
+from ptq.grids.grid import Knob
 
 
 @dataclass(frozen=True)
-class SingleGrid:
+class SingleGrid(Levelled):
     """Params (d,): d (R,) in fp16, of either sign.
 
     Attributes:
@@ -26,11 +26,6 @@ class SingleGrid:
     name: str
     span: int
     levels: Even | Table
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """That of the levels."""
-        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Search and least squares for d, w and weight (R, c)."""
@@ -52,21 +47,13 @@ class SingleGrid:
         """All."""
         return span
 
-    def encode(self, w, scale, zero):
-        """Nearest codes."""
-        return self.levels.encode(w, scale, zero)
-
-    def decode(self, codes, scale, zero):
-        """Values."""
-        return self.levels.decode(codes, scale, zero)
-
     def knobs(self, params, codes, step) -> Iterator[Knob]:
         """The scale."""
         yield Knob(params[0], slice(None), self.levels.at_one(codes), half_or_nan)
 
 
 @dataclass(frozen=True)
-class RampGrid:
+class RampGrid(Levelled):
     """Params (d, m): value = d * code + m, both (R,) in fp16.
 
     Attributes:
@@ -78,11 +65,6 @@ class RampGrid:
     name: str
     span: int
     levels: Ramp
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """That of the levels."""
-        return self.levels.arithmetic
 
     def fit(self, w, weight):
         """Search and least squares; once m is rounded, d is the best for it."""
@@ -111,14 +93,6 @@ class RampGrid:
     def columns_per_step(self, span: int) -> int:
         """All."""
         return span
-
-    def encode(self, w, scale, zero):
-        """Nearest codes."""
-        return self.levels.encode(w, scale, zero)
-
-    def decode(self, codes, scale, zero):
-        """Values."""
-        return self.levels.decode(codes, scale, zero)
 
     def knobs(self, params, codes, step) -> Iterator[Knob]:
         """The scale and the minimum, as a pair."""
