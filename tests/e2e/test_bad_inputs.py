@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -215,28 +216,29 @@ def test_no_network(here, flags, words):
 # The disk
 
 
-@pytest.fixture
-def limited():
-    """Sets the largest size of a file that this process may write."""
+@contextmanager
+def largest_file(size):
+    """This process may write no larger file; not a fixture, which would still hold while pytest writes its own log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_disk_that_fails_before_the_first_block(here, capsys, limited):
-    limited(10_000)
+def test_disk_that_fails_before_the_first_block(here, capsys):
     flags = ["--model", "model", "--calibration", "c.npy", "--out", "new/out", *QUICK.split()]
-    refused(capsys, quantize, flags, "File too large")
+    with largest_file(10_000):
+        refused(capsys, quantize, flags, "File too large")
 
 
-def test_disk_that_fails_later_keeps_what_is_finished(here, capsys, limited):
+def test_disk_that_fails_later_keeps_what_is_finished(here, capsys):
     flags = ["--model", "model", "--calibration", "c.npy", "--out", "out", *QUICK.split()]
-    limited(100_000)  # a block fits, the whole file does not
-    with pytest.raises(SystemExit) as left:
+    with largest_file(100_000), pytest.raises(SystemExit) as left:  # a block fits, the whole file does not
         quantize.main(flags)
     assert left.value.code == 2 and not Path("out").exists()
     assert_one_line(capsys.readouterr().err, "File too large; 2 finished blocks stay in out.ptq-work, --resume goes on")
-    limited(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     quantize.main([*flags, "--resume"])
     assert read_report(Path("out"))["resumed"] and not Path("out.ptq-work").exists()
 
