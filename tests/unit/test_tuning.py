@@ -16,8 +16,10 @@ from calibration.errors import TrainingStopped
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
+from ptq.evaluation.divergence import measure_divergence
 from ptq.evaluation.stream import batches_of
 from ptq.export.gptq_tensors import GptqCodec
+from ptq.measure import open_streamed
 from ptq.streamed import StreamedModel
 from ptq.tuning.scales import ScaleTuning
 from ptq.tuning.student import StreamedStudent
@@ -26,7 +28,7 @@ from ptq.workdir import WorkFolder
 
 DIFFERENT = torch.arange(6 * 20).reshape(6, 20) * 7 % 290
 TOKENS = DIFFERENT[:1].expand(6, -1).contiguous()  # what is held back is what is trained on, so that gains are certain
-SPEC = QuantSpec(bits=2, group_size=32, tune_epochs=3, tune_lr=0.02)
+SPEC = QuantSpec(bits=2, group_size=32, tune_epochs=3, tune_lr=0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -173,11 +175,12 @@ def test_a_divergence_that_is_not_finite_keeps_the_best(tiny, tmp_path, monkeypa
 
 def test_the_written_file_is_the_tuned_one(tiny, tmp_path):
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
-    options = {"calibration": str(tmp_path / "tokens.npy"), "heldout": str(tmp_path / "tokens.npy")}
-    spec = replace(SPEC, reconstruct_epochs=2)
-    fast, best = (
-        quantize_model(tiny("llama"), each, out=tmp_path / f"out{each.tune_epochs}", **options).report
-        for each in (replace(spec, tune_epochs=0, reconstruct_epochs=0), spec)
+    folder, spec = tiny("llama"), replace(SPEC, reconstruct_epochs=2)
+    written = quantize_model(
+        folder, spec, out=tmp_path / "out", calibration=str(tmp_path / "tokens.npy"), heldout="none"
     )
-    assert fast["tuning"] is None and best["tuning"]["kl_after"] < best["tuning"]["kl_before"]
-    assert best["perplexity"]["after"]["perplexity"] < fast["perplexity"]["after"]["perplexity"]
+    tuning = written.report["tuning"]
+    assert tuning["kl_after"] < tuning["kl_before"]
+    measured = measure_divergence(open_streamed(written.folder), open_streamed(folder), TOKENS)
+    # fp32 sums of a few thousand terms in another order
+    assert measured.kl == pytest.approx(tuning["kl_after"], rel=1e-3)
