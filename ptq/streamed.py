@@ -4,7 +4,7 @@ The modules are Hugging Face's own, built on the meta device; weights come from 
 Buffers that no checkpoint stores (rotary frequencies, causal masks) are real from the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import isfinite
 
@@ -75,6 +75,11 @@ class StreamedModel:
         weight = self.linear(i, name).weight
         return weight.T if self.family.transposed else weight
 
+    def drop_linears(self, i: int, names: Iterable[str]) -> None:
+        """Lets go of the weights of linears of block i that nothing reads any more."""
+        for name in names:
+            self._drop(f"{self.block_name(i)}.{name}.weight")
+
     def stored_name(self, i: int, name: str) -> str:
         """A linear's full name in the checkpoint, without ".weight"."""
         return self._keys[f"{self.block_name(i)}.{name}.weight"].removesuffix(".weight")
@@ -130,8 +135,11 @@ class StreamedModel:
             yield
         finally:
             for name in names:
-                empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
-                _set_tensor(self.model, name, nn.Parameter(empty, requires_grad=False))
+                self._drop(name)
+
+    def _drop(self, name):
+        empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
+        _set_tensor(self.model, name, nn.Parameter(empty, requires_grad=False))
 
     def _check_layout(self):
         """Shapes and dtypes of all tensors, before hours of work on the first of them."""

@@ -28,7 +28,7 @@ from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 2048  # part of what decides the result to the last bit: sums run over batches
+BATCH_TOKENS = 1024  # bounds what a forward makes on its way; decides the last bits, since sums run over batches
 
 
 @dataclass
@@ -148,8 +148,9 @@ class Walk:
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
                 release_freed()
-                H, G = self._accumulate(quantized, full, self.model.stored_name(i, stage[0]))
-                self._run_ahead(full, streams.full)  # before solving: a stage's inputs may be wider than its outputs
+                H, G = self._accumulate(quantized, full, streams.full, self.model.stored_name(i, stage[0]))
+                if s and not weights:
+                    self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 release_freed()
                 solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
                 self._keep(i, stage, solved, tensors, report)
@@ -235,18 +236,26 @@ class Walk:
         )  # fmt: skip
 
     def _run_ahead(self, several, store):
-        """Runs every batch up to its next halt; what comes out of the block's end enters the next one."""
-        with self.clock.phase("forward"):
-            for forwards in several:
-                for b in range(len(forwards)):
-                    out = forwards.advance(b)
-                    if forwards.done(b):
-                        store[b] = out
-                    else:
-                        forwards.settle(b)
+        """Runs every batch up to its next halt."""
+        for forwards in several:
+            for b in range(len(forwards)):
+                self._advance(forwards, b, store)
 
-    def _accumulate(self, quantized, full, name):
-        """Runs the quantized stream up to a stage and sums what the stage will read: H, and G or None."""
+    def _advance(self, forwards, b, store):
+        """Runs a batch up to its next halt; what comes out of the block's end enters the next one."""
+        with self.clock.phase("forward"):
+            out = forwards.advance(b)
+            if forwards.done(b):
+                store[b] = out
+            else:
+                forwards.settle(b)
+
+    def _accumulate(self, quantized, full, store, name):
+        """Runs the quantized stream up to a stage and sums what the stage will read: H, and G or None.
+
+        What the full-precision stream reads is needed for G alone: it goes on to its next halt at once, since a
+        stage's inputs may be wider than its outputs.
+        """
         hessian = None
         for b in range(len(quantized)):
             with self.clock.phase("forward"):
@@ -255,8 +264,9 @@ class Walk:
                 if hessian is None:
                     hessian = Hessian(x.shape[-1], cross=bool(full), device=x.device)
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
-            for forwards in (quantized, *full):
-                forwards.settle(b)
+            quantized.settle(b)
+            for forwards in full:
+                self._advance(forwards, b, store)
         H, G = hessian.finalise()
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise InputError(
