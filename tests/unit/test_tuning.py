@@ -175,12 +175,15 @@ def test_a_divergence_that_is_not_finite_keeps_the_best(tiny, tmp_path, monkeypa
 
 def test_the_written_file_is_the_tuned_one(tiny, tmp_path):
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
-    folder, spec = tiny("llama"), replace(SPEC, reconstruct_epochs=2)
-    written = quantize_model(
-        folder, spec, out=tmp_path / "out", calibration=str(tmp_path / "tokens.npy"), heldout="none"
+    folder, options = tiny("llama"), {"calibration": str(tmp_path / "tokens.npy"), "heldout": "none"}
+    solved, tuned = (
+        quantize_model(folder, spec, out=tmp_path / f"out{spec.tune_epochs}", **options)
+        for spec in (replace(SPEC, tune_epochs=0), SPEC)
     )
-    tuning = written.report["tuning"]
-    assert tuning["kl_after"] < tuning["kl_before"]
-    measured = measure_divergence(open_streamed(written.folder), open_streamed(folder), TOKENS)
-    # fp32 sums of a few thousand terms in another order
-    assert measured.kl == pytest.approx(tuning["kl_after"], rel=1e-3)
+    reported = tuned.report["tuning"]
+    assert solved.report["tuning"] is None and reported["kl_after"] < reported["kl_before"]
+    before, after = (
+        measure_divergence(open_streamed(written.folder), open_streamed(folder), TOKENS).kl
+        for written in (solved, tuned)
+    )
+    assert after < before
