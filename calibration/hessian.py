@@ -6,9 +6,11 @@ The factor 2 and the mean do not change any code, only the printed loss. Legend:
 
 import torch
 
+TILE = 512  # columns of H summed at once: half the products are saved but for the tiles on the diagonal
+
 
 class Hessian:
-    """Running sums in fp32.
+    """Running sums in fp32; of H, which is symmetric, the tiles on and above the diagonal.
 
     Args:
         in_features: I.
@@ -29,14 +31,23 @@ class Hessian:
             x_full: the same tokens' inputs in the full-precision stream, if G is wanted.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        self.sum.addmm_(x.T, x)
+        for columns in self._tiles():
+            right = slice(columns.start, None)
+            self.sum[columns, right].addmm_(x[:, columns].T, x[:, right])
         if self.cross_sum is not None:
             self.cross_sum.addmm_(x_full.reshape(x.shape).float().T, x)
         self.tokens += x.shape[0]
 
     def finalise(self):
         """(H, G or None), each (I, I) fp32; the sums are consumed."""
+        for columns in self._tiles():
+            below, tile = slice(columns.stop, None), self.sum[columns, columns]
+            self.sum[below, columns] = self.sum[columns, below].T
+            tile.copy_(tile.triu() + tile.triu(1).T)
         factor = 2.0 / max(self.tokens, 1)
         H, G = self.sum.mul_(factor), self.cross_sum
         self.sum = self.cross_sum = None
         return H, None if G is None else G.mul_(factor)
+
+    def _tiles(self):
+        return (slice(start, start + TILE) for start in range(0, len(self.sum), TILE))

@@ -179,7 +179,8 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "command": job.command,
         "perplexity": perplexity,
         **_sizes(job, kind.sizes(packed, job.linears)),
-        "seconds": {**{k: round(v, 3) for k, v in clock.seconds.items()}, "total": round(clock.total, 3)},
+        "seconds": _rounded(clock.seconds, clock.total),
+        "processor_seconds": _rounded(clock.processor, clock.total_processor),
         "peak_memory_bytes": peak_memory(streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
@@ -192,6 +193,10 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     _describe(folder, report, work.out)
     work.publish(folder)
     return report
+
+
+def _rounded(phases, total) -> dict[str, float]:
+    return {name: round(spent, 3) for name, spent in {**phases, "total": total}.items()}
 
 
 def _sizes(job, after) -> dict:

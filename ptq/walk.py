@@ -281,7 +281,9 @@ class Walk:
             weights = [self.model.weight(i, name) for name in stage]
             grid = self.codec.grid(weights[0].shape[1])
             try:
-                solution = gptq(weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt)
+                solution = gptq(
+                    weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, clock=self.clock
+                )
             except InputError as error:
                 raise InputError(f"{self.model.stored_name(i, stage[0])}: {error}") from None
             solved, start = [], 0

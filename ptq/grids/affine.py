@@ -9,13 +9,16 @@ Legend: R rows (one group each), g columns of a group. All functions broadcast; 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from ptq.grids.compiled import compiled, keep_best
 from ptq.grids.grid import Arithmetic, Knob
 
 SHRINK_STEPS = 40  # scale candidates; the least-squares steps that follow make a finer search pointless
 FINE_STEPS = 2
+TRIED_AT_ONCE = 32  # candidates of all rows that are in memory
 HALF_MAX = torch.finfo(torch.half).max
 CHUNK = 1 << 19  # elements searched at once: a few temporaries of this size stay in the second-level cache
 
@@ -97,7 +100,7 @@ class AffineGrid:
             scale and zero, each (R,).
         """
         R, g = w.shape
-        weight = weight.expand(R, g)
+        w, weight = w.contiguous(), weight.expand(R, g).contiguous()
         step = max(1, CHUNK // g)
         parts = [self._fit_rows(w[r : r + step], weight[r : r + step]) for r in range(0, R, step)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -105,14 +108,14 @@ class AffineGrid:
     def _fit_rows(self, w, weight):
         scale, zero = self.fit_minmax(w)
         best = _error(self, w, weight, scale, zero)
-        for candidate_scale, candidate_zero in self._candidates(w):
-            _keep_better(self, w, weight, candidate_scale, candidate_zero, scale, zero, best)
+        for candidates in _batches(self._candidates(w), TRIED_AT_ONCE):
+            _keep_best(self, w, weight, candidates, scale, zero, best)
         for _ in range(FINE_STEPS):
             v = self.encode(w, scale[:, None], zero[:, None]) - zero[:, None]
             norm = (weight * v * v).sum(1)
             fitted = (weight * w * v).sum(1) / norm.clamp(min=torch.finfo(w.dtype).tiny)
             fitted = torch.where(norm > 0, fitted, scale)
-            _keep_better(self, w, weight, half_exact(fitted), zero.clone(), scale, zero, best)
+            _keep_best(self, w, weight, [(half_exact(fitted), zero.clone())], scale, zero, best)
         return scale, zero
 
     def _candidates(self, w):
@@ -164,10 +167,21 @@ def _error(grid, w, weight, scale, zero):
     return (q.sub_(w).square_() * weight).sum(1)
 
 
-def _keep_better(grid, w, weight, new_scale, new_zero, scale, zero, best):
-    """Overwrites scale, zero and best, in place, in the rows where the new pair has the smaller error."""
-    error = _error(grid, w, weight, new_scale, new_zero)
-    better = error < best
-    torch.where(better, new_scale, scale, out=scale)
-    torch.where(better, new_zero, zero, out=zero)
-    torch.where(better, error, best, out=best)
+def _keep_best(grid, w, weight, candidates, scale, zero, best):
+    """Overwrites scale, zero and best, in place, in the rows where one of the candidate pairs has a smaller error."""
+    if compiled(w):
+        scales, zeros = (torch.stack(p) for p in zip(*candidates, strict=True))
+        keep_best(w, weight, scales, zeros, grid.top, scale, zero, best)
+        return
+    for new_scale, new_zero in candidates:
+        error = _error(grid, w, weight, new_scale, new_zero)
+        better = error < best
+        torch.where(better, new_scale, scale, out=scale)
+        torch.where(better, new_zero, zero, out=zero)
+        torch.where(better, error, best, out=best)
+
+
+def _batches(pairs, size):
+    """Runs of at most `size` of what an iterator gives."""
+    while batch := list(islice(pairs, size)):
+        yield batch

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from calibration.errors import InputError
-from ptq.quantizers.kernels import compiled, round_block
+from ptq.grids.compiled import compiled
+from ptq.quantizers.kernels import round_block
 
 DAMP_GROWTH = 4.0
 DAMP_ATTEMPTS = 10

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
@@ -17,6 +18,7 @@ from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 
 CHUNK = 1 << 20  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
+LOSS_TILE = 512  # columns at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Solution:
     damp_percent: float
 
 
-def gptq(weights, H, spec, *, grid=None, G=None, seed=0) -> Solution:
+def gptq(weights, H, spec, *, grid=None, G=None, seed=0, clock=None) -> Solution:
     """Quantizes the linears of one stage.
 
     Args:
@@ -42,6 +44,7 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0) -> Solution:
         grid: A BlockGrid; None for the uniform groups that spec names.
         G: (I, I) fp32 2/n X_full^T X for the target correction, or None; consumed.
         seed: Seeds the order of refinement sweeps.
+        clock: Gets the seconds of factor, target, baseline, scales, columns and refine.
 
     Returns:
         The solution of the stacked matrix.
@@ -50,7 +53,7 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0) -> Solution:
         InputError: H cannot be made positive definite.
     """
     weights = [weights] if isinstance(weights, torch.Tensor) else weights
-    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed)
+    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, clock or Clock())
     targets = map(stage.target, _row_chunks(weights, CHUNK))
     if G is not None and G.numel() > sum(W.numel() for W in weights):
         targets = list(targets)  # takes less memory than G, which has done its work then
@@ -70,8 +73,8 @@ class _Stage:
     activation order. Everything here lies in visiting order: `order` leads to it from the layout.
     """
 
-    def __init__(self, H, G, spec, grid, I, seed):
-        self.spec, self.seed = spec, seed
+    def __init__(self, H, G, spec, grid, I, seed, clock):
+        self.spec, self.seed, self.clock = spec, seed, clock
         self.grid, self.span = grid or AffineGrid(spec.bits, spec.sym), grid.span if grid else spec.columns_per_group(I)
         self.dead = float((H.diagonal() == 0).float().mean())
         natural = torch.arange(I, device=H.device)
@@ -85,7 +88,8 @@ class _Stage:
         self.g_idx[self.layout] = (natural // self.span).int()
         H = _reorder(H, visited)
         self.mismatch = None if G is None else _reorder(G, visited).sub_(H)
-        self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
+        with clock.phase("factor"):
+            self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
         self.H = H
 
     def target(self, W):
@@ -93,22 +97,24 @@ class _Stage:
         W = W[:, self.layout]
         target = Wt = W[:, self.order].T.contiguous()
         if self.mismatch is not None:
-            shift = target_shift(Wt.T @ self.mismatch, self.U).mul_(self.spec.correction)
-            target = torch.add(Wt, shift.T, out=torch.empty_like(Wt))
-            del shift
-        plain = fit_spans(W, self.span, self.grid.fit_minmax)
-        return target, *self._baseline(Wt, plain, target)
+            with self.clock.phase("target"):
+                shift = target_shift(Wt.T @ self.mismatch, self.U).mul_(self.spec.correction)
+                target = torch.add(Wt, shift.T, out=torch.empty_like(Wt))
+                del shift
+        with self.clock.phase("baseline"):
+            plain = fit_spans(W, self.span, self.grid.fit_minmax)
+            return target, *self._baseline(Wt, plain, target)
 
     def solve(self, Wt, loss_rtn, energy):
         """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
         codes, params, loss_gptq = self._round(Wt)
         loss = loss_gptq
         if self.spec.refine_rounds:
-            D, R = refine(
-                Wt, self.H, codes, self.spans, params, self.grid,
-                rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
-            )  # fmt: skip
-            loss = (D * R).sum(0)
+            with self.clock.phase("refine"):
+                loss = loss_gptq - refine(
+                    Wt, self.H, codes, self.spans, params, self.grid,
+                    rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
+                )  # fmt: skip
         stored = torch.empty_like(codes, dtype=torch.uint8)
         stored[self.layout[self.order]] = codes.to(torch.uint8)
         return self._tensor(stored.T.contiguous(), params), (loss, loss_gptq, loss_rtn, energy)
@@ -124,12 +130,14 @@ class _Stage:
         if self.static:
             target, weight = torch.empty_like(Wt), self.H.new_empty(len(Wt))
             target[self.order], weight[self.order] = Wt, self.H.diagonal()
-            params = fit_spans(target.T, self.span, self.grid.fit, weight)
+            with self.clock.phase("scales"):
+                params = fit_spans(target.T, self.span, self.grid.fit, weight)
             given = self._fixed(params)
         else:
             params = []
             given = self._on_the_way(params)
-        codes, _, loss = quantize_columns(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
+        with self.clock.phase("columns"):
+            codes, _, loss = quantize_columns(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
         return codes, params, loss
 
     def _fixed(self, params) -> FixedParams:
@@ -146,7 +154,8 @@ class _Stage:
         def given(k, remaining):
             if k % self.span == 0:
                 rows = remaining(self.span).T
-                params.append(self.grid.fit(rows, importance[k : k + rows.shape[1]][None]))
+                with self.clock.phase("scales"):
+                    params.append(self.grid.fit(rows, importance[k : k + rows.shape[1]][None]))
             scale, zero = self.grid.steps(params[-1])
             return scale[k % self.span // width], zero[k % self.span // width]
 
@@ -200,5 +209,10 @@ def target_shift(mismatch, U):
 
 
 def _loss(D, H):
-    """(I, O) to (O,): tr(D H D^T) row by row."""
-    return (D * (H @ D)).sum(0)
+    """(I, O) to (O,): tr(D H D^T) row by row. H is symmetric: what lies above its diagonal counts twice."""
+    loss = D.new_zeros(D.shape[1])
+    for start in range(0, len(D), LOSS_TILE):
+        tile, right = slice(start, start + LOSS_TILE), slice(start + LOSS_TILE, None)
+        bent = (H[tile, tile] @ D[tile]).addmm_(H[tile, right], D[right], alpha=2)
+        loss += bent.mul_(D[tile]).sum(0)
+    return loss

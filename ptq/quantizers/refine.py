@@ -5,14 +5,16 @@ R = D H. First the span's stored numbers, codes fixed: a number x with direction
 x - (u . R) / (u H u^T), which is rounded to what the file can store (for a group's scale this is the closed form of
 two-stage grids, arXiv 2602.02126). Then its codes, one column after the other: column j's best real value is
 q_j - R_j / H_jj; round it on the grid (QuantEase, arXiv 2309.01885). Neither step can raise the loss beyond the
-rounding of sums. R is kept up to date, which costs one matrix product a round.
+rounding of sums. R is formed span by span, from H and all of D as it is then: one matrix product a round, and nothing
+that rounding errors could gather in.
 
 Legend: O outputs (rows), I inputs, c columns of a span; matrices are transposed, (I, O).
 """
 
 import torch
 
-from ptq.quantizers.kernels import compiled, sweep_block
+from ptq.grids.compiled import compiled
+from ptq.quantizers.kernels import sweep_block
 
 COMPILED_BLOCK = 256  # columns between two local matrix products; a tile of rows of so many fits the second cache
 TINY = torch.finfo(torch.float32).tiny
@@ -33,30 +35,30 @@ def refine(Wt, H, codes, spans, params, grid, *, rounds, generator, column_block
         column_block: Columns handled between two local matrix products.
 
     Returns:
-        D = Q - W (I, O) and R = H D (I, O).
+        What the loss of each output went down by (O,).
     """
     D = torch.empty_like(Wt)
     for span, numbers in zip(spans, params, strict=True):
         D[span.columns] = _values(grid, numbers, span, codes[span.columns]) - Wt[span.columns]
-    R = H @ D
+    gained = D.new_zeros(D.shape[1])
     for _ in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
-            local = Local(Wt, H, codes, D, R, spans[s])
+            local = Local(Wt, H, codes, D, spans[s])
             local.refit(grid, params[s])
             local.sweep(grid, params[s], generator, column_block)
-            local.put_back(codes, D, R)
-    return D, R
+            gained += local.put_back(codes, D)
+    return gained
 
 
 class Local:
     """One span's share of the problem: views or copies of its rows of every matrix."""
 
-    def __init__(self, Wt, H, codes, D, R, span):
+    def __init__(self, Wt, H, codes, D, span):
         self.span = span
-        self.rows = H[span.columns]
-        self.inner = self.rows[:, span.columns]
+        rows = H[span.columns]
+        self.inner, self.start = rows[:, span.columns], rows @ D
         self.target, self.codes = Wt[span.columns], codes[span.columns]
-        self.D, self.gradient = D[span.columns].clone(), R[span.columns].clone()
+        self.D, self.gradient = D[span.columns].clone(), self.start.clone()
 
     def refit(self, grid, numbers):
         """Each stored number to its best value, codes fixed."""
@@ -125,12 +127,12 @@ class Local:
             if len(columns) < len(order):
                 self.gradient.addmm_(rows.T, D - before)
 
-    def put_back(self, codes, D, R):
-        """The span's new codes and errors, and what they do to every column's gradient."""
+    def put_back(self, codes, D):
+        """Stores the span's new codes and errors; what the loss of each output went down by."""
         columns = self.span.columns
         change = self.D - D[columns]
         codes[columns], D[columns] = self.codes, self.D
-        R.addmm_(self.rows.T, change)
+        return -(self.start.mul_(2).addmm_(self.inner, change)).mul_(change).sum(0)
 
 
 class _Axis:

@@ -59,7 +59,7 @@ LAYERS = {
     "ptq.checkpoint": ("ptq.export.shards", "calibration"),
     "ptq.gguf": ("ptq.export.gguf", "ptq.families", "calibration"),
     "ptq.export": ("ptq.families", "ptq.grids", "ptq.qtensor", "calibration"),
-    "ptq.quantizers": ("ptq.grids", "ptq.qtensor", "calibration"),
+    "ptq.quantizers": ("ptq.clock", "ptq.grids", "ptq.qtensor", "calibration"),
     "ptq.qtensor": ("ptq.grids",),
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),
