@@ -108,7 +108,7 @@ class AffineGrid:
     def _fit_rows(self, w, weight):
         scale, zero = self.fit_minmax(w)
         best = _error(self, w, weight, scale, zero)
-        for candidates in _batches(self._candidates(w), TRIED_AT_ONCE):
+        for candidates in _batches(self.candidates(w), TRIED_AT_ONCE):
             _keep_best(self, w, weight, candidates, scale, zero, best)
         for _ in range(FINE_STEPS):
             v = self.encode(w, scale[:, None], zero[:, None]) - zero[:, None]
@@ -118,8 +118,8 @@ class AffineGrid:
             _keep_best(self, w, weight, [(half_exact(fitted), zero.clone())], scale, zero, best)
         return scale, zero
 
-    def _candidates(self, w):
-        """Yields (scale, zero) pairs to try."""
+    def candidates(self, w) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The (scale, zero) pairs that the search tries for weights w (R, g), each (R,)."""
         if self.sym:
             if self.bits > 1:  # from half the range clipped to the shorter side holding the largest weight
                 largest, ends = w.abs().amax(1), (0.55 / self.middle, 1.0 / max(self.middle - 1, 1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_columns import correlated, one_thread  # noqa: F401
 
+import calibration.hessian
 from calibration.hessian import Hessian
 
 TOKENS = 400
@@ -17,8 +18,10 @@ def close(ours, exact, X, X_full):
     return bool(((ours.double() - exact).abs() <= 1e-5 * size).all())
 
 
+@pytest.mark.parametrize("tile", [7, 64, 512])
 @pytest.mark.parametrize("split", SPLITS, ids=len)
-def test_any_split_gives_the_whole(split):
+def test_any_split_gives_the_whole(split, tile, monkeypatch):
+    monkeypatch.setattr(calibration.hessian, "TILE", tile)
     _, X, exact = correlated(0, tokens=TOKENS)
     X_full = correlated(1, tokens=TOKENS)[1]
     hessian, plain = Hessian(X.shape[1], cross=True), Hessian(X.shape[1])
@@ -59,7 +62,9 @@ def test_half_inputs_are_summed_in_single_precision(dtype):
     assert close(H, 2 / TOKENS * X.T @ X, X, X) and close(G, 2 / TOKENS * X.T @ X, X, X)
 
 
-def test_is_symmetric_and_dead_inputs_are_exact_zeros():
+@pytest.mark.parametrize("tile", [7, 512])
+def test_is_symmetric_and_dead_inputs_are_exact_zeros(tile, monkeypatch):
+    monkeypatch.setattr(calibration.hessian, "TILE", tile)
     X = correlated(0, tokens=TOKENS)[1].float()
     X[:, 7] = 0
     hessian = Hessian(X.shape[1])

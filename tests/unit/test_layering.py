@@ -18,6 +18,7 @@ LAYERS = {
         "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
         "calibration",
     ),
+    "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", "ptq.console", "ptq.spec", "calibration"),
     "ptq.report.__main__": (
         "ptq.continuation", "ptq.load", "ptq.pipeline", "ptq.report", "ptq.console", "calibration",
     ),
@@ -48,6 +49,9 @@ LAYERS = {
     ),
     "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
+    "ptq.benchmark": (
+        "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.spec", "ptq.streamed", "calibration",
+    ),
     "ptq.walk": (
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
         "ptq.workdir", "calibration",
@@ -74,7 +78,7 @@ LAYERS = {
 }  # fmt: skip
 COMMANDS = (
     "ptq.quantize", "ptq.evaluate", "ptq.generate", "ptq.baselines.__main__", "ptq.report.__main__",
-    "ptq.export.__main__",
+    "ptq.export.__main__", "ptq.benchmark.__main__",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "accelerate")
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
