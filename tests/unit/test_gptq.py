@@ -107,7 +107,8 @@ def test_column_block_changes_nothing(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
-def test_losses_are_what_they_say(bits, sym, order):
+def test_losses_are_what_they_say(bits, sym, order, monkeypatch):
+    monkeypatch.setattr(ptq.quantizers.gptq, "LOSS_TILE", 36)  # several tiles, the last one shorter
     W, _, H = correlated(5)
     spec = spec_of(order, bits=bits, sym=sym, refine_rounds=2)
     solution = solve(W, H, spec)
