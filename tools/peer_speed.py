@@ -1,11 +1,12 @@
-"""Time, memory and perplexity of ptq.quantize beside other tools, on identical tokens; one JSON line a run, and a table.
+"""Time, memory and perplexity of ptq.quantize beside other tools, on identical tokens.
 
     python tools/peer_speed.py --scripts DIR --python gptqmodel=.venv-peers/bin/python --model MODEL \
         --calibration rows.npy --evaluation held.npy --repeat 3 --out speed.jsonl
 
 DIR holds a script for each tool that takes --model --calib --bits --group --threads --out, and eval_ppl.py, which
-measures all of them. Runs are paired: every tool once, then all again. Seconds are the whole process's, imports
-included; importing alone is measured apart. Without --evaluation nothing is evaluated.
+measures all of them. One JSON line a run, and a table of medians at the end. Runs are paired: every tool once, then all
+again. Seconds are the whole process's, imports included; importing alone is measured apart. Without --evaluation
+nothing is evaluated.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def perplexity(printed):
 
 def table(rows):
     """Medians of each tool's runs, as Markdown."""
-    lines = ["| tool | runs | processor s | of it imports | s | peak MB | perplexity |", "|---|---|---|---|---|---|---|"]
+    heads = ("tool", "runs", "processor s", "imports s", "seconds", "peak MB", "perplexity")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(row["tool"] for row in rows):
         runs = [row for row in rows if row["tool"] == name]
         cells = [median(row[key] for row in runs) for key in ("processor", "imports", "seconds", "peak_mb")]

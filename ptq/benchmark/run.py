@@ -19,10 +19,10 @@ from ptq.benchmark.operations import Work, disk_bytes, memory_bytes, operations
 from ptq.benchmark.rates import Rates, forget
 from ptq.checkpoint import Checkpoint
 from ptq.grids.affine import FINE_STEPS, AffineGrid
+from ptq.pipeline import REPORT
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 
-REPORT = "ptq_report.json"
 ONCE = ("start", "calibration", "embed")  # the other phases repeat with every block
 BY_SIZE = ("write", "verify")  # blocks, and what lies outside them
 START = "start"  # imports, opening the model, ending the process
@@ -37,9 +37,9 @@ class Phase:
         name: As in ptq_report.json.
         seconds: What passed.
         processor: What the process computed meanwhile, all threads together.
+        spent: The one of the two that is compared with the floor: for arithmetic on one thread the processor's.
         floor: What the phase takes at least; None where nothing is counted.
         whole: What the whole model would take: `spent`, extrapolated.
-        spent: What is compared with the floor: the processor's seconds for arithmetic on one thread.
     """
 
     name: str
@@ -93,11 +93,10 @@ def time_run(checkpoint: Checkpoint, spec: QuantSpec, folder: Path, rates: Rates
     processor |= {START: used - processor.pop("total")}
     work = work_of(streamed, spec, shape["samples"], shape["seqlen"])
     floors, growth = _floors(streamed, work, rates), _growth(streamed, work, shape["blocks"])
-    phases = [
-        Phase(name, seconds[name], processor[name], spent, floors.get(name), spent * growth(name))
-        for name in seconds
-        for spent in [processor[name] if _is_arithmetic(name) else seconds[name]]
-    ]
+    phases = []
+    for name in seconds:
+        spent = (processor if _is_arithmetic(name) else seconds)[name]
+        phases.append(Phase(name, seconds[name], processor[name], spent, floors.get(name), spent * growth(name)))
     return Run(sorted(phases, key=lambda phase: -phase.spent), report["peak_memory_bytes"]["resident"])
 
 
@@ -127,7 +126,7 @@ def _quantize(checkpoint, spec, out, tokens):
     flags |= {"--calibration": tokens, "--out": out, "--device": "cpu"}
     arguments = [str(part) for pair in flags.items() for part in pair]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    start, before = os.times().elapsed, os.times()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "ptq.quantize", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, env=environment,
@@ -136,7 +135,7 @@ def _quantize(checkpoint, spec, out, tokens):
     if done.returncode:
         raise InputError(done.stderr.strip().rpartition("\n")[2].removeprefix("error: "))
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    return json.loads((out / REPORT).read_text()), after.elapsed - start, used
+    return json.loads((out / REPORT).read_text()), after.elapsed - before.elapsed, used
 
 
 def _is_arithmetic(name):

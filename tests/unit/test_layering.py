@@ -29,6 +29,10 @@ LAYERS = {
         "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.spec", "ptq.workdir",
         "calibration",
     ),
+    "ptq.benchmark": (
+        "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.pipeline", "ptq.spec", "ptq.streamed",
+        "calibration",
+    ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
@@ -49,9 +53,6 @@ LAYERS = {
     ),
     "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
-    "ptq.benchmark": (
-        "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.spec", "ptq.streamed", "calibration",
-    ),
     "ptq.walk": (
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
         "ptq.workdir", "calibration",
