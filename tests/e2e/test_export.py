@@ -115,4 +115,4 @@ def test_the_advice_is_a_command_that_works(folder, capsys):
     printed = capsys.readouterr().out
     assert "Q2_0 instead of Q2_K, whose blocks of 256 do not divide rows of 128: " in printed
     assert "model.layers.*.self_attn.q_proj" in printed and "down_proj" not in printed
-    assert "Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 128: model.embed_tokens.weight" in printed
+    assert "Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 128: lm_head.weight" in printed

@@ -27,22 +27,24 @@ pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
 PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 VOCABULARIES = {  # of a case: in the shared folder, or in the package
     "gpt2": "gpt2", "gpt_neox": "gpt2", "neox-serial": "gpt2", "gpt_bigcode": "starcoder", "qwen2": "qwen2",
-    "qwen2-yarn": "qwen2", "qwen3": "qwen2", "llama-3": "llama-bpe", "phi-plain": "phi-3", "phi-longrope": "phi-3",
+    "qwen2-yarn": "qwen2", "qwen3": "qwen2", "llama-3": "llama-bpe",
 }  # fmt: skip
-SENTENCEPIECE = "llama2-spm"  # of all other cases
-OLDER_NAMES = {  # what the hub's config.json say and newer transformers leave out; the converter reads no other
+SENTENCEPIECE = "llama2-spm"  # of all other cases: with a tokenizer.model, which the converter wants of them
+OLDER_NAMES = {  # what the hub's config.json say and newer transformers leave out, as the converter wants them
     "gpt2": lambda config: {"n_ctx": config["n_positions"]},
-    "gpt_neox": lambda config: {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"]},
+    # Under its own model_type transformers would read the config and leave the name out again.
+    "gpt_neox": lambda config: {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], "model_type": "older"},
 }
 CARD = "---\nlicense: mit\ntags: [code]\nlanguage: [en]\n---\nA card.\n"
 
-# Each with its reason in docs/formats.md. Nothing else may differ.
-ONLY_OURS = ["tokenizer.huggingface.json", "*.vocab_size", "*.rope.dimension_count", "*.rope.freq_base",
-             "tokenizer.ggml.add_*_token", "tokenizer.ggml.add_space_prefix", "gemma?.attention.sliding_window_pattern",
-             "gemma3.final_logit_softcapping", "*.rope.scaling.attn_factor", "general.file_type"]  # fmt: skip
-ONLY_THEIRS = ["tokenizer.ggml.add_sep_token", "phi3.rope.scaling.original_context_length",
-               "*.rope.scaling.yarn_*", "tokenizer.ggml.pre"]  # fmt: skip
-DIFFERENT = ["tokenizer.ggml.scores", "gemma?.tokenizer.ggml.add_space_prefix"]
+# "<architecture> <key>", each with its reason in docs/formats.md. Nothing else may differ.
+ONLY_OURS = ["* tokenizer.huggingface.json", "* *.vocab_size", "* *.rope.dimension_count", "* *.rope.freq_base",
+             "* tokenizer.ggml.add_*_token", "* tokenizer.ggml.add_space_prefix", "* *.rope.scaling.attn_factor",
+             "gemma? *.attention.sliding_window_pattern", "gemma3 *.final_logit_softcapping",
+             "gptneox general.file_type"]  # fmt: skip
+ONLY_THEIRS = ["* tokenizer.ggml.add_sep_token", "phi3 *.rope.scaling.original_context_length"]
+DIFFERENT = ["* tokenizer.ggml.scores", "gemma? tokenizer.ggml.add_space_prefix", "phi3 tokenizer.ggml.token_type"]
+NORMAL_END = "'</s>' was not control-type"  # a token of Qwen's that text may hold; its own file is warned of too
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +87,13 @@ def make_source(case, folder, shared, llama_cpp) -> Path:
         path.unlink()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    config = json.loads((folder / "config.json").read_text())
-    config |= OLDER_NAMES.get(model_type, lambda config: {})(config)
-    (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text(CARD)
     return folder
+
+
+def name_as_older(file, model_type):
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | OLDER_NAMES.get(model_type, lambda config: {})(config)))
 
 
 def same(ours, theirs) -> bool:
@@ -106,12 +110,13 @@ def matches(key, patterns) -> bool:
 def test_the_same_file(tmp_path, shared, llama_cpp, case):
     source = make_source(case, tmp_path / "Tiny-Model-1B-v2", shared, llama_cpp)
     ours = GgufFile(write(tmp_path / "ours.gguf", source))
+    name_as_older(source / "config.json", CASES[case][0])
     theirs = GgufFile(convert(llama_cpp, source, tmp_path / "theirs.gguf"))
-    problems = {}
+    problems, architecture = {}, ours.metadata["general.architecture"]
     for key in sorted(ours.metadata.keys() | theirs.metadata.keys()):
         pair = ours.metadata.get(key), theirs.metadata.get(key)
         known = ONLY_OURS if pair[1] is None else ONLY_THEIRS if pair[0] is None else DIFFERENT
-        if not same(*pair) and not matches(key, known):
+        if not same(*pair) and not matches(f"{architecture} {key}", known):
             problems[key] = tuple(str(value)[:80] for value in pair)
     assert not problems
     assert list(ours.tensors) == list(theirs.tensors)
@@ -123,7 +128,7 @@ def test_the_same_file(tmp_path, shared, llama_cpp, case):
         else:
             assert np.array_equal(ours.rows(name), theirs.rows(name)), name
     llama = open_llama(tmp_path / "ours.gguf", n_ctx=64)
-    assert llama.warnings == ""
+    assert all(NORMAL_END in line for line in llama.warnings.splitlines())
     llama.close()
 
 
