@@ -32,8 +32,10 @@ VOCABULARIES = {  # of a case: in the shared folder, or in the package
 SENTENCEPIECE = "llama2-spm"  # of all other cases: with a tokenizer.model, which the converter wants of them
 OLDER_NAMES = {  # what the hub's config.json say and newer transformers leave out, as the converter wants them
     "gpt2": lambda config: {"n_ctx": config["n_positions"]},
-    # Under its own model_type transformers would read the config and leave the name out again.
-    "gpt_neox": lambda config: {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], "model_type": "older"},
+    "gpt_neox": lambda config: {
+        "rotary_pct": config["rope_parameters"]["partial_rotary_factor"],
+        "model_type": "older",  # under the right one transformers reads the config and leaves the name out again
+    },
 }
 CARD = "---\nlicense: mit\ntags: [code]\nlanguage: [en]\n---\nA card.\n"
 
