@@ -1,5 +1,8 @@
 """Artefacts that exist as llama.cpp files: values are moved, never rounded a second time."""
 
+import argparse
+import json
+import shlex
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,11 @@ from ptq.formats.gguf import OUTER_TYPES, TYPE_OF_BITS, check_type, outer_tensor
 from ptq.gguf.weights import GgufCheckpoint
 from ptq.qtensor import QuantizedTensor
 from ptq.reload import GptqCheckpoint, open_tokenizer, open_weights
+
+REPORT = "ptq_report.json"  # says by what command a folder was made
+QUANTIZE = ["python", "-m", "ptq.quantize"]
+GRID_FLAGS = "--bits", "--group", "--format", "--method", "--effort", "--epochs", "--out"
+GRID_SWITCHES = "--sym", "--asym", "--act-order", "--aug-loss", "--no-aug-loss", "--let", "--no-let"
 
 
 def convert(
@@ -45,8 +53,9 @@ def convert(
     is_packed = isinstance(weights, GptqCheckpoint)
     if not is_packed and ggml_type not in (None, *FLOAT_TYPES):
         raise InputError(
-            f"--type {ggml_type}: {path} is not quantized; python -m ptq.quantize --format gguf --type {ggml_type}"
-            f" solves on that grid; here a full-precision folder becomes {', '.join(FLOAT_TYPES)}"
+            f"--type {ggml_type}: {path} is not quantized; python -m ptq.quantize --model {shlex.quote(str(path))}"
+            f" --format gguf --type {ggml_type} solves on that grid; here a full-precision folder becomes"
+            f" {', '.join(FLOAT_TYPES)}"
         )
     floats = embed_type if embed_type in FLOAT_TYPES else "F16" if is_packed else ggml_type or "F16"
     config, tokenizer = weights.model_config(), open_tokenizer(weights)
@@ -80,8 +89,26 @@ def _bridge(weights, linear, name):
         return bridge(quantized, name, tensor=linear)
     except InputError as error:
         again = TYPE_OF_BITS.get(quantized.bits, "Q4_K")
-        advice = f"; to solve again on the nearest grid: python -m ptq.quantize --format gguf --type {again}"
+        advice = f"; to solve again on the nearest grid: {_solve_again(weights.folder, again)}"
         raise InputError(f"{error}{advice}") from None
+
+
+def _solve_again(folder, ggml_type) -> str:
+    """The command that made a folder, as its report has it, with a llama.cpp type for the uniform grid."""
+    try:
+        words = shlex.split(json.loads((Path(folder) / REPORT).read_bytes())["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        words = []
+    kept = ["--model", "ORIGINAL"]  # made by another program, or by a call from Python
+    if words[:3] == QUANTIZE:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for flag in GRID_FLAGS:
+            parser.add_argument(flag)
+        for switch in GRID_SWITCHES:
+            parser.add_argument(switch, action="store_true")
+        _, kept = parser.parse_known_args(words[3:])
+    out = f"{Path(folder).resolve().name}-{ggml_type.lower()}"
+    return shlex.join([*QUANTIZE, *kept, "--format", "gguf", "--type", ggml_type, "--out", out])
 
 
 def _as_one_bit(quantized: QuantizedTensor) -> QuantizedTensor:

@@ -184,6 +184,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "peak_memory_bytes": peak_memory(streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
+        "notes": kind.notes(streamed, job.linears),
         "bytes": kind.bytes_by_part(packed),
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "tuning": work.tuned_report(),

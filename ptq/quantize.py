@@ -159,7 +159,7 @@ def summary(artefact: Artefact) -> str:
         ("seconds", "", f"{report['seconds']['total']:.1f}"),
     ]
     rows += [(f"peak memory, {kind}", "", size_text(n)) for kind, n in report["peak_memory_bytes"].items()]
-    lines = [table(rows), ""]
+    lines = [table(rows), "", *report.get("notes", [])]
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
     return "\n".join([*lines, "", f"written: {artefact.folder}"])

@@ -5,6 +5,14 @@ from pathlib import Path
 import pytest
 
 
+PEERS = Path(__file__).parents[1] / ".venv-peers"
+
+
+def pytest_addoption(parser):
+    """`--llama-cpp`: the source tree of llama.cpp, whose converter the peers' tests run."""
+    parser.addoption("--llama-cpp", metavar="FOLDER", default=PEERS / "llama.cpp", help="llama.cpp's source tree")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with trained models, texts and tokenizers beside the checkout, where there is one."""

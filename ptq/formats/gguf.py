@@ -1,5 +1,6 @@
 """llama.cpp files: which type a matrix gets, writing, reading back, sizes, and who loads them."""
 
+import re
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -123,6 +124,19 @@ class GgufFormat:
             streamed.checkpoint, config=streamed.config, tokenizer=tokenizer, pre_tokenizer=self.spec.pre_tokenizer
         )
 
+    def notes(self, streamed, linears) -> list[str]:
+        """Which tensors get a narrower type than was asked for, because their rows do not fill its blocks."""
+        asked = [(name, self.ggml_type, inputs) for name, (_, inputs) in linears.items()]
+        found = defaultdict(dict)
+        for name, wanted, inputs in asked + outer_types(streamed.checkpoint, *self._outer()):
+            if (used := GgufCodec(wanted).type_for(inputs)) != wanted:
+                found[used, wanted, inputs][re.sub(r"\.\d+\.", ".*.", name)] = None
+        return [
+            f"{used} instead of {wanted}, whose blocks of {BY_NAME[wanted].block} do not divide rows of {inputs}: "
+            + ", ".join(names)
+            for (used, wanted, inputs), names in found.items()
+        ]
+
     def write(self, folder, streamed, work):
         """Writes the file from the finished blocks."""
         source, blocks = streamed.checkpoint, range(len(streamed.blocks))
@@ -134,13 +148,16 @@ class GgufFormat:
                 linear, _, ggml_type = stored.rpartition(".")
                 read = partial(_kept, work, i, stored)
                 encoded[f"{linear}.weight"] = EncodedTensor(BY_NAME[ggml_type].number, read)
-        encoded |= outer_tensors(source, self.spec.embed_type or OUTER_TYPE, self.spec.head_type or OUTER_TYPE)
+        encoded |= outer_tensors(source, *self._outer())
         name = source.folder.resolve().name
         write_gguf(
             folder / f"{name}-{self.ggml_type}.gguf", source, encoded, config=streamed.config,
             tokenizer=load_tokenizer(source.folder), float_type=self._floats(), pre_tokenizer=self.spec.pre_tokenizer,
             extra=self._provenance(),
         )  # fmt: skip
+
+    def _outer(self) -> tuple[str, str]:
+        return self.spec.embed_type or OUTER_TYPE, self.spec.head_type or OUTER_TYPE
 
     def _floats(self) -> str:
         given = [t for t in (self.spec.embed_type, self.spec.head_type) if t in FLOAT_TYPES]
@@ -197,15 +214,22 @@ def _kept(work, i, stored):
     return work.read(i, stored).numpy()
 
 
-def outer_tensors(source, embed_type: str, head_type: str) -> dict[str, EncodedTensor]:
-    """Embedding and head, rounded to nearest on fitted blocks; nothing for types of floats."""
-    encoded = {}
+def outer_types(source, embed_type: str, head_type: str) -> list[tuple[str, str, int]]:
+    """(name, type, inputs) of embedding and head, without those that stay floats."""
+    found = []
     for name in source.names():
         shape = source.shape(name)
         wanted = head_type if any(part in name for part in HEADS) else embed_type
-        if len(shape) != 2 or wanted in FLOAT_TYPES or not any(part in name for part in (*HEADS, *EMBEDDINGS)):
-            continue
-        grid = GgufCodec(wanted).grid(shape[1])
+        if len(shape) == 2 and wanted not in FLOAT_TYPES and any(part in name for part in (*HEADS, *EMBEDDINGS)):
+            found.append((name, wanted, shape[1]))
+    return found
+
+
+def outer_tensors(source, embed_type: str, head_type: str) -> dict[str, EncodedTensor]:
+    """Embedding and head, rounded to nearest on fitted blocks; nothing for types of floats."""
+    encoded = {}
+    for name, wanted, inputs in outer_types(source, embed_type, head_type):
+        grid = GgufCodec(wanted).grid(inputs)
         encoded[name] = EncodedTensor(BY_NAME[grid.name].number, partial(_rounded, source, name, grid))
     return encoded
 

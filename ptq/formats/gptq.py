@@ -51,6 +51,10 @@ class GptqFormat:
         if group > shortest:
             raise InputError(f"group {group} is longer than the {shortest} inputs of a linear; use --group -1")
 
+    def notes(self, streamed, linears) -> list[str]:
+        """What the user should know about the file: nothing."""
+        return []
+
     def write(self, folder, streamed, work):
         """Writes the folder from the finished blocks."""
         home = {name: i for i in range(len(streamed.blocks)) for name, _, _ in work.layout(i)}

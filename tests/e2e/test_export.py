@@ -10,7 +10,7 @@ from llama_client import open_llama
 from test_gguf_quantize import types_of
 from tiny_models import make_tiny
 
-from ptq import QuantSpec, quantize_model
+from ptq import QuantSpec, quantize, quantize_model
 from ptq.reload import open_weights
 
 export = importlib.import_module("ptq.export.__main__")
@@ -88,12 +88,31 @@ def test_what_does_not_fit_is_one_line_and_no_file(folder, capsys):
     source = wide(folder)
     asym = packed(folder, source, bits=2, group_size=64, sym=False)
     ragged = packed(folder, source, out="ragged", bits=4, group_size=48)
-    refused(capsys, export, [asym, "--type", "Q2_0"], "mlp.down_proj", "Q2_0", "python -m ptq.quantize", "--type Q2_K")
-    refused(capsys, export, [ragged], "mlp.down_proj", "groups of 48", "--type Q4_K")
-    refused(capsys, export, [source, "--type", "Q2_K"], "python -m ptq.quantize --format gguf --type Q2_K")
+    again = "python -m ptq.quantize --model ORIGINAL --format gguf --type"  # made by a call, not by a command
+    refused(capsys, export, [asym, "--type", "Q2_0"], "mlp.down_proj", "Q2_0", f"{again} Q2_K --out packed-q2_k")
+    refused(capsys, export, [ragged], "mlp.down_proj", "groups of 48", f"{again} Q4_K --out ragged-q4_k")
+    again = again.replace("ORIGINAL", str(source))
+    refused(capsys, export, [source, "--type", "Q2_K"], f"{again} Q2_K")
     refused(capsys, export, [folder / "nothing"], "nothing")
     for kind in ("Q9_K", "IQ2_XS"):
         refused(capsys, export, [ragged, "--embed-type", kind], f"--embed-type '{kind}' is not one of")
     (folder / "there.gguf").write_bytes(b"mine")
     refused(capsys, export, [source, "--out", "there.gguf"], "exists already")
     assert (folder / "there.gguf").read_bytes() == b"mine"
+
+
+def test_the_advice_is_a_command_that_works(folder, capsys):
+    """The folder's own command with another grid: model, text and seed stay."""
+    wide(folder)
+    given = "--model source --bits 2 --group=64 --asym --calibration c.npy --heldout none --seed 3 --out packed"
+    quantize.main(given.split())
+    with pytest.raises(SystemExit):
+        export.main(["packed", "--format", "gguf", "--type", "Q2_0"])
+    advice = capsys.readouterr().err.strip().rpartition("grid: ")[2]
+    flags = "--model source --calibration c.npy --heldout none --seed 3 --format gguf --type Q2_K --out packed-q2_k"
+    assert advice == f"python -m ptq.quantize {flags}"
+    quantize.main(flags.split())
+    printed = capsys.readouterr().out
+    assert "Q2_0 instead of Q2_K, whose blocks of 256 do not divide rows of 128: " in printed
+    assert "model.layers.*.self_attn.q_proj" in printed and "down_proj" not in printed
+    assert "Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 128: lm_head.weight" in printed

@@ -8,7 +8,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, quants
 from llama_client import open_llama
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
@@ -20,6 +20,7 @@ from ptq.families.gguf import BY_MODEL_TYPE, BY_NAME
 from ptq.gguf.config import read_config
 from ptq.gguf.file import GgufFile
 from ptq.gguf.weights import GgufCheckpoint
+from ptq.reload import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 ROPE = {"rope_theta": 10000.0}
@@ -88,9 +89,9 @@ def make_case(name, folder):
 
 
 def write(path, source, encoded=None, **options):
-    options = {"float_type": "F32"} | options
-    config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    write_gguf(path, open_checkpoint(source), encoded or {}, config=config, tokenizer=tokenizer, **options)
+    options = {"float_type": "F32", "tokenizer": load_tokenizer(source)} | options
+    config = AutoConfig.from_pretrained(source)
+    write_gguf(path, open_checkpoint(source), encoded or {}, config=config, **options)
     return path
 
 
@@ -127,6 +128,7 @@ def test_llama_cpp_computes_the_same(case):
     llama = open_llama(path)
     expected, computed = logits(original(source)).numpy(), llama.logits(TOKENS[0].tolist())
     llama.close()
+    assert llama.warnings == ""
     config = AutoConfig.from_pretrained(source)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "gelu")
     bound = TOLERANCE["silu" if activation == "silu" else "gelu"]

@@ -5,7 +5,7 @@ import shutil
 from itertools import zip_longest
 
 import pytest
-from llama_client import open_llama, tokenize
+from llama_client import open_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -65,8 +65,9 @@ def assert_same(path, tokenizer, texts):
     for text, ids in zip(texts, expected, strict=True):
         assert stored(text)["input_ids"] == rebuilt(text)["input_ids"] == ids, text
     llama = open_llama(path)
+    assert llama.warnings == ""
     for text, ids in zip(texts, expected, strict=True):
-        assert tokenize(llama, text) == ids, text
+        assert llama.tokenize(text) == ids, text
     llama.close()
 
 
@@ -165,6 +166,20 @@ def test_special_tokens_and_chat_template(tmp_path):
     assert metadata["tokenizer.ggml.add_bos_token"] is False
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].tolist(), strict=True))
     assert [kinds[text] for text in ("<|im_start|>", "<tool>", "a", f"[PAD{len(tokenizer)}]")] == [3, 4, 1, 5]
+
+
+ENDS = ["</s>", "<|im_end|>", "<end_of_turn>", "<EOT>", "<fim_prefix>", "<PRE>", "<fim-pad>", "<reponame>", "<|file_sep|>"]
+
+
+def test_added_tokens_that_look_special_are_control_tokens(tmp_path):
+    """llama.cpp would take them for such, and say that the file is wrong."""
+    tokenizer = train("gpt-2")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ENDS])
+    path = write_model(tmp_path, tokenizer)
+    metadata = GgufFile(path).metadata
+    kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].tolist(), strict=True))
+    assert {kinds[text] for text in ENDS} == {3} and kinds["<tool>"] == 4
+    assert_same(path, tokenizer, [f"a {text} b{text}" for text in ENDS])
 
 
 def test_an_unknown_way_of_cutting_is_refused_and_can_be_named(tmp_path):

@@ -1,11 +1,11 @@
 """Blocks of Q1_0 and Q2_0 from bytes written by hand, and as llama.cpp's own code reads them."""
 
 import ctypes
-import importlib.util
 
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from llama_client import c_library
 
 from ptq.export.gguf.types import BY_NAME, Q1_0, Q2_0, TYPES, dequantize, file_type
 
@@ -24,13 +24,6 @@ def test_q1_0_by_hand():
     values = dequantize(np.stack([row, row]), Q1_0)
     assert values.shape == (2, 128)
     assert values[1, :4].tolist() == [0.25, -0.25, 0.25, -0.25] and set(values[1, 4:]) == {-0.25}
-
-
-def c_library():
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("xllamacpp is not installed: pip install -e .[llamacpp]")
-    module = importlib.import_module("xllamacpp.xllamacpp")
-    return ctypes.CDLL(module.__file__)
 
 
 DECODED = ["Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS",

@@ -15,6 +15,12 @@ from ptq.export.gguf.pretokenizers import recognise
 
 SPACE = "\u2581"  # SentencePiece's visible space
 SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
+CONTROL_MARKS = ("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">")  # how such tokens begin and end
+CONTROL_WORDS = frozenset(
+    "</s> <eos> <pad> <mask> <2mass> [@BOS@] <EOT> _<EOT> [EOT] [EOS] [PAD] <end_of_turn> <end_of_utterance>"
+    " <fim_prefix> <fim_suffix> <fim_middle> <fim_pad> <fim-prefix> <fim-suffix> <fim-middle> <fim-pad> <fim-repo>"
+    " <PRE> <SUF> <MID> <PAD> <REP> <REPO> <reponame> \u2581<PRE> \u2581<SUF> \u2581<MID>".split()
+)
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer, config, *, pre_tokenizer: str | None = None):
@@ -89,15 +95,22 @@ def _tokens(content, vocab_size) -> tuple[list[str], list[int]]:
     for i, token in added.items():
         if i >= vocab_size:  # Gemma 3's image token has no row in its text models
             continue
-        tokens[i], kinds[i] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        tokens[i], kinds[i] = token["content"], TokenType.CONTROL if _is_control(token) else TokenType.USER_DEFINED
         if sentencepiece:
             tokens[i], kinds[i] = _sentencepiece_added(token, model)
     return tokens, kinds
 
 
+def _is_control(token) -> bool:
+    """Whether an added token is no text; where a tokenizer does not say so, llama.cpp goes by its looks and warns."""
+    text = token["content"]
+    marked = any(text.startswith(left) and text.endswith(right) for left, right in CONTROL_MARKS)
+    return token["special"] or marked or text in CONTROL_WORDS
+
+
 def _sentencepiece_added(token, model) -> tuple[str, int]:
     text = token["content"]
-    if token["special"]:
+    if _is_control(token):
         return text, TokenType.UNKNOWN if text == model.get("unk_token") else TokenType.CONTROL
     if token["normalized"]:  # llama.cpp looks for it in the raw text, before spaces become visible
         return text.replace(SPACE, " "), TokenType.USER_DEFINED
