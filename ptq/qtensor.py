@@ -19,11 +19,11 @@ class QuantizedTensor:
     """Codes of one linear on a uniform grid: dequantize = scale * (code - zero).
 
     Attributes:
-        codes: (O, I) uint8, each in 0..2**bits-1.
+        codes: (O, I) uint8, each in 0..2**bits-1; 0, 1, 2 of the ternary grid.
         scale: (O, G) float32 whose values are exactly representable in fp16 (what the file stores); may be negative.
         zero: (O, G) float32; whole numbers in 0..2**bits-1, or 0.5 for the one-bit grid of values +-scale/2.
         g_idx: (I,) int32, the group of each input column.
-        bits: Width of a code.
+        bits: Width of a code; 1.58 of the ternary grid.
         group_size: Columns per group as asked for (-1: one group per row); the last group of a row may be shorter.
     """
 
@@ -31,7 +31,7 @@ class QuantizedTensor:
     scale: torch.Tensor
     zero: torch.Tensor
     g_idx: torch.Tensor
-    bits: int
+    bits: float
     group_size: int
 
     def __post_init__(self):

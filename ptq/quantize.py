@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
     p.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: quantized/<model>-w2g128-gptq)")
     grid = p.add_argument_group("grid: what values a weight may have")
-    grid.add_argument("--bits", type=int, default=defaults.bits, help="bits of a weight, 1, 2, 3, 4 or 8 (default: 2)")
+    grid.add_argument("--bits", type=bits, metavar="N", default=defaults.bits,
+                      help="bits of a weight, 1, 1.58 (-s, 0, s), 2, 3, 4 or 8 (default: 2)")  # fmt: skip
     grid.add_argument(
         "--group",
         type=int,
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
                       "gguf: one file for llama.cpp; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
                       help="gguf: " + " ".join(BLOCK_GRIDS)
-                      + "\n(default: by --bits: Q1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
+                      + "\n(default: by --bits: Q1_0, TQ1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
     grid.add_argument("--embed-type", type=str.upper, metavar="TYPE",
                       help="gguf: type of the token embedding, also F16, BF16, F32 (default: Q6_K)")  # fmt: skip
     grid.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name, where it is not recognised")
@@ -97,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
+
+
+def bits(text: str) -> float:
+    """Bits of a weight from a command line: whole, but for 1.58."""
+    return float(text) if "." in text else int(text)
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ from calibration.errors import InputError
 
 METHODS = ("gptq", "rtn", "omniquant")
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2", "gguf")
+BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8)
 COLUMN_ORDERS = ("activation", "natural")
 
 
@@ -14,7 +15,7 @@ class QuantSpec:
     """A quantization recipe.
 
     Attributes:
-        bits: Width of a code, 1 to 8.
+        bits: Width of a code, 1 to 8, or 1.58: three values, -s, 0 and s.
         group_size: Input columns that share a scale; -1 for one group per row. The last group of a row may be shorter.
         method: "gptq" (Hessian-based), "rtn" (round to nearest, no calibration) or "omniquant" (clipping trained
             block by block).
@@ -50,7 +51,7 @@ class QuantSpec:
         tune_lr: Learning rate of scales then, relative to the scale.
     """
 
-    bits: int = 2
+    bits: float = 2
     group_size: int = 128
     method: str = "gptq"
     sym: bool = True
@@ -82,8 +83,11 @@ class QuantSpec:
     def __post_init__(self):
         rules = (
             (self.method in METHODS, f"method {self.method!r} is not one of {', '.join(METHODS)}"),
-            (self.bits in range(1, 9), f"bits {self.bits} is not in 1 to 8"),
-            (self.bits > 1 or self.sym, "bits 1 has only the symmetric grid of two values: leave out --asym"),
+            (self.bits in BITS, f"bits {self.bits} is none of {', '.join(map(str, BITS))}"),
+            (
+                self.bits >= 2 or self.sym,
+                f"bits {self.bits} has only the symmetric grid of {round(2**self.bits)} values: leave out --asym",
+            ),
             (
                 self.group_size == -1 or self.group_size > 0,
                 f"group {self.group_size} is neither -1 (one group per row) nor a positive number of columns",
@@ -104,7 +108,7 @@ class QuantSpec:
                 self.checkpoint_format in CHECKPOINT_FORMATS,
                 f"format {self.checkpoint_format!r} is not one of {', '.join(CHECKPOINT_FORMATS)}",
             ),
-            (not self.trains or self.bits > 1, "omniquant needs 2 bits or more: one bit has no range to clip"),
+            (not self.trains or self.bits >= 2, "omniquant needs 2 bits or more: fewer have no range to clip"),
             (
                 not self.trains or not self.desc_act,
                 "desc_act forms groups along the activation order, which omniquant does not know",

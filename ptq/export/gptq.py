@@ -23,14 +23,14 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack
 NOT_COPIED = (*WEIGHT_FILES, ".index.json", ".py", ".md")
 
 
-def check_bits(bits: int):
+def check_bits(bits: float):
     """Refuses a width that the format has no words for.
 
     Raises:
         InputError: Naming the widths it has.
     """
     if packed_bits(bits) not in FILE_BITS:
-        raise InputError(f"bits {bits}: GPTQ files hold weights of 2, 3, 4 or 8 bits, and of 1 bit in 2-bit words")
+        raise InputError(f"bits {bits}: GPTQ files hold weights of 2, 3, 4 or 8 bits, and of 1 or 1.58 in 2-bit words")
 
 
 def check_packable(name: str, outputs: int, inputs: int):
@@ -88,7 +88,7 @@ def quantization_config(spec) -> dict:
         "bits": packed_bits(spec.bits),
         "group_size": spec.group_size,
         "desc_act": spec.desc_act,
-        "sym": spec.sym and spec.bits > 1,  # a one-bit grid sits in two-bit words around zero 1, not the middle 2
+        "sym": spec.sym and spec.bits != 1,  # a one-bit grid sits in two-bit words around zero 1, not the middle 2
         "static_groups": spec.column_order == "activation" and not spec.desc_act,
         "true_sequential": True,
         "damp_percent": spec.damp_percent,

@@ -7,6 +7,7 @@ The file's grid is scale * (code - zero) with whole zeros. checkpoint_format "gp
 - v1, zero 0: would be stored as all ones, which readers that do not wrap take for 2^bits. Such groups are mirrored:
   s*(q-0) == -s*(q'-zero') with q' = 2^bits-1-q and zero' = 2^bits-1.
 - one bit: there are no one-bit words, so s*(q-zero) is held in 2-bit words as s/2*(2q-2*zero).
+- ternary: -s, 0, s are the codes 1, 2, 3 of a symmetric 2-bit grid; the code 0 does not occur.
 
 Names and shards of files are not known here. Legend: O outputs, I inputs, G groups.
 """
@@ -18,14 +19,15 @@ import torch
 
 from calibration.errors import InputError
 from ptq.export.packing import pack_columns, pack_rows, unpack_columns, unpack_rows
+from ptq.grids.affine import TERNARY
 from ptq.qtensor import QuantizedTensor
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
-def packed_bits(bits: int) -> int:
+def packed_bits(bits: float) -> int:
     """Width of a code in the file."""
-    return 2 if bits == 1 else bits
+    return 2 if bits in (1, TERNARY) else bits
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class GptqCodec:
         checkpoint_format: "gptq" or "gptq_v2".
     """
 
-    bits: int
+    bits: float
     group_size: int
     checkpoint_format: str
 
@@ -50,8 +52,8 @@ class GptqCodec:
         return to_gptq(qt, self.checkpoint_format)
 
     def unpack(self, parts: Mapping[str, torch.Tensor]) -> QuantizedTensor:
-        """A linear from its four tensors; equal values to what was packed."""
-        return from_gptq(parts, packed_bits(self.bits), self.group_size, self.checkpoint_format)
+        """A linear from its four tensors; equal values to what was packed, on the same grid."""
+        return _narrowed(from_gptq(parts, packed_bits(self.bits), self.group_size, self.checkpoint_format), self.bits)
 
 
 def to_gptq(qt: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tensor]:
@@ -61,8 +63,7 @@ def to_gptq(qt: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tens
         InputError: I or O does not fill whole words, or a one-bit scale has no exact half in fp16.
     """
     assert qt.scale.shape[1] == _group_count(qt.g_idx.numel(), qt.group_size)
-    if qt.bits == 1:
-        qt = _widen_one_bit(qt)
+    qt = _widened(qt)
     if checkpoint_format == "gptq":
         qt = _mirror_zero_groups(qt)
     zeros = qt.zero.T.to(torch.uint8)
@@ -78,7 +79,7 @@ def to_gptq(qt: QuantizedTensor, checkpoint_format: str) -> dict[str, torch.Tens
 def from_gptq(
     tensors: Mapping[str, torch.Tensor], bits: int, group_size: int, checkpoint_format: str
 ) -> QuantizedTensor:
-    """Unpack one linear; `bits` is the width in the file, so a one-bit grid comes back as 2 bits."""
+    """Unpack one linear; `bits` is the width in the file, so one-bit and ternary grids come back as 2 bits."""
     g_idx = tensors["g_idx"]
     G, O = tensors["scales"].shape
     expected = _group_count(g_idx.numel(), group_size)
@@ -120,13 +121,27 @@ def _mirror_zero_groups(qt: QuantizedTensor) -> QuantizedTensor:
     )
 
 
-def _widen_one_bit(qt: QuantizedTensor) -> QuantizedTensor:
+def _widened(qt: QuantizedTensor) -> QuantizedTensor:
+    """One-bit and ternary grids as 2-bit ones of the same values."""
+    if qt.bits == TERNARY:
+        return replace(qt, codes=qt.codes + 1, zero=qt.zero + 1, bits=packed_bits(qt.bits))
+    if qt.bits != 1:
+        return qt
     half = qt.scale / 2
     inexact = half != half.half().float()
     if bool(inexact.any()):
         value = float(qt.scale[inexact][0])
         raise InputError(f"one-bit scale {value!r} has no exact half in fp16, which the 2-bit words of the file need")
     return replace(qt, codes=qt.codes * 2, scale=half, zero=qt.zero * 2, bits=packed_bits(qt.bits))
+
+
+def _narrowed(qt: QuantizedTensor, bits: float) -> QuantizedTensor:
+    """The inverse of `_widened`."""
+    if bits == TERNARY:
+        return replace(qt, codes=qt.codes - 1, zero=qt.zero - 1, bits=bits)
+    if bits == 1:
+        return replace(qt, codes=qt.codes // 2, scale=2 * qt.scale, zero=qt.zero / 2, bits=bits)
+    return qt
 
 
 def _group_count(inputs: int, group_size: int) -> int:

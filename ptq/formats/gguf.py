@@ -23,7 +23,7 @@ from ptq.qtensor import BlockTensor, digest
 from ptq.quantizers.rtn import round_fitted
 from ptq.reload import load_tokenizer
 
-TYPE_OF_BITS = {1: "Q1_0", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+TYPE_OF_BITS = {1: "Q1_0", 1.58: "TQ1_0", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 NARROWER = {  # for rows that do not fill a type's blocks, the nearest types that have shorter ones
     "Q1_0": "Q2_0", "Q2_K": "Q2_0", "TQ1_0": "Q2_0", "TQ2_0": "Q2_0", "Q2_0": "IQ4_NL", "Q3_K": "IQ4_NL",
     "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",

@@ -1,7 +1,8 @@
-"""Uniform integer grids: value = scale * (code - zero), code in 0..2**bits-1.
+"""Uniform integer grids: value = scale * (code - zero), code in 0..top, top = 2**bits - 1.
 
 Symmetric grids fix zero at 2**(bits-1) and let the scale be negative, so either tail can hold the extra level; the
-one-bit grid is +-scale/2 (zero 0.5). Asymmetric zeros are whole numbers inside the code range, so 0 is always a value.
+one-bit grid is +-scale/2 (zero 0.5), the ternary one -scale, 0, scale (TERNARY bits, that is log2(3); zero 1).
+Asymmetric zeros are whole numbers inside the code range, so 0 is always a value.
 Scales are rounded to fp16 where they are made, because the file stores them so: nothing is rounded afterwards.
 
 Legend: R rows (one group each), g columns of a group. All functions broadcast; none touches the file layout.
@@ -20,20 +21,26 @@ SHRINK_STEPS = 40  # scale candidates; the least-squares steps that follow make 
 FINE_STEPS = 2
 TRIED_AT_ONCE = 32  # candidates of all rows that are in memory
 HALF_MAX = torch.finfo(torch.half).max
+TERNARY = 1.58  # what a grid of three values is called, in bits
 CHUNK = 1 << 19  # elements searched at once: a few temporaries of this size stay in the second-level cache
+
+
+def level_count(bits: float) -> int:
+    """Codes of a width: 2**bits, and 3 of TERNARY bits."""
+    return round(2**bits)
 
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """The 2**bits evenly spaced values of one group."""
+    """The 2**bits, or three, evenly spaced values of one group."""
 
-    bits: int
+    bits: float
     sym: bool
 
     @property
     def top(self) -> int:
         """Largest code."""
-        return 2**self.bits - 1
+        return level_count(self.bits) - 1
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -43,7 +50,7 @@ class AffineGrid:
     @property
     def middle(self) -> float:
         """Zero point of the symmetric grid."""
-        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+        return 0.5 if self.bits == 1 else float((self.top + 1) // 2)
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats of w's shape; scale and zero broadcast."""
@@ -79,6 +86,9 @@ class AffineGrid:
         if self.bits == 1:  # the mean magnitude minimises the squared error of +-d (XNOR-Net, eq. 6)
             scale = 2 * w.abs().mean(1)
             return half_exact(scale), torch.full_like(scale, 0.5)
+        if self.bits == TERNARY:  # the mean magnitude, as in BitNet b1.58 (arXiv 2402.17764, eq. 1 to 3)
+            scale = w.abs().mean(1)
+            return half_exact(_nonzero(scale)), torch.ones_like(scale)
         if self.sym:
             scale = w.abs().amax(1) * 2 / self.top
             return half_exact(_nonzero(scale)), torch.full_like(scale, self.middle)
@@ -121,15 +131,16 @@ class AffineGrid:
     def candidates(self, w) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The (scale, zero) pairs that the search tries for weights w (R, g), each (R,)."""
         if self.sym:
-            if self.bits > 1:  # from half the range clipped to the shorter side holding the largest weight
+            lopsided = self.bits >= 2
+            if lopsided:  # from half the range clipped to the shorter side holding the largest weight
                 largest, ends = w.abs().amax(1), (0.55 / self.middle, 1.0 / max(self.middle - 1, 1))
-            else:  # +-d with d from 0.4 to 1.5 times the mean magnitude
+            else:  # 0.4 to 1.5 times the mean magnitude of what +-d stands for; of three values 0.8 to 3 times
                 largest, ends = w.abs().mean(1), (0.8, 3.0)
             for share in torch.linspace(*ends, SHRINK_STEPS).tolist():
                 scale = half_exact(_nonzero(largest * share))
                 zero = torch.full_like(scale, self.middle)
                 yield scale, zero
-                if self.bits > 1:
+                if lopsided:
                     yield -scale, zero
             return
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)

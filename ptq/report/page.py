@@ -9,6 +9,7 @@ from ptq.evaluation.published.doubts import find_doubts
 from ptq.evaluation.published.models import rows_like
 from ptq.evaluation.published.rows import published_rows
 from ptq.report.plots import bars, heat_map, histogram, is_logarithmic, parts_of_the_file
+from ptq.report.steps import in_its_block, place, steps
 
 PERPLEXITIES = {"PPL": "text not stated", "Wikitext2": "wikitext2", "C4": "c4"}
 WORST = 10
@@ -40,6 +41,7 @@ def page(report: dict, generations: Generations | None = None) -> str:
         _facts(report),
         *_perplexity(report),
         *_errors(report["linears"], report["identity"]["calibration"]),
+        *steps(report),
         *_bits(report),
     ]
     parts += [*_histograms(report), *_generations(generations), *_time(report), *_runtimes(report)]
@@ -127,32 +129,18 @@ def _errors(linears, calibration):
         " the scale is logarithmic. Writing zeros would lose 1."
     )
     worst = sorted(linears, key=lambda linear: -linears[linear]["error"])[:WORST]
-    steps = [("error", "error"), ("error_gptq", "before refinement"), ("error_rtn", "plain rounding")]
-    steps = [(key, head) for key, head in steps if all(key in linears[linear] for linear in worst)]
-    rows = [("", [_in_its_block(linear), *(f"{linears[linear][key]:.3g}" for key, _ in steps)]) for linear in worst]
+    rows = [("", [in_its_block(linear), f"{linears[linear]['error']:.3g}"]) for linear in worst]
     yield from (element("h2", "Error"), _figure(figure, caption), element("p", "The largest:", class_="quiet"))
-    yield table(["linear", *(head for _, head in steps)], rows)
-
-
-def _in_its_block(linear):
-    block, kind = _place(linear)
-    return f"block {block}, {kind}"
+    yield table(["linear", "error"], rows)
 
 
 def _by_kind_and_block(linears):
     """Names of linears inside a block, and errors by block and name."""
     blocks = defaultdict(dict)
     for linear, entry in linears.items():
-        block, kind = _place(linear)
+        block, kind = place(linear)
         blocks[block][kind] = entry["error"]
     return list(dict.fromkeys(kind for of_block in blocks.values() for kind in of_block)), dict(sorted(blocks.items()))
-
-
-def _place(linear) -> tuple[int, str]:
-    """model.layers.3.mlp.up_proj is mlp.up_proj of block 3."""
-    parts = linear.split(".")
-    at = next(i for i, part in enumerate(parts) if part.isdigit())
-    return int(parts[at]), ".".join(parts[at + 1 :])
 
 
 def _bits(report):
@@ -170,7 +158,7 @@ def _histograms(report):
         return
     yield element("h2", "Weights before and after")
     figures = (
-        _figure(histogram(h["low"], h["high"], h["before"], h["after"], f"weights{n}"), _in_its_block(linear))
+        _figure(histogram(h["low"], h["high"], h["before"], h["after"], f"weights{n}"), in_its_block(linear))
         for n, (linear, h) in enumerate(found.items())
     )
     yield element(

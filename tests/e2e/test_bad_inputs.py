@@ -160,11 +160,13 @@ def test_bad_tokenizer(here, capsys, damage, source, word):
 
 
 FLAGS = {
-    "--bits 0": "bits 0 is not in 1 to 8",
+    "--bits 0": "bits 0 is none of 1, 1.58, 2, 3",
     "--bits 5": "bits 5: GPTQ files hold weights of 2, 3, 4 or 8 bits",
-    "--bits 9": "bits 9 is not in 1 to 8",
-    "--bits x": "argument --bits: invalid int value: 'x'",
-    "--bits 1 --asym": "bits 1 has only the symmetric grid",
+    "--bits 9": "bits 9 is none of 1, 1.58, 2, 3",
+    "--bits x": "argument --bits: invalid bits value: 'x'",
+    "--bits 1 --asym": "bits 1 has only the symmetric grid of 2 values",
+    "--bits 1.58 --asym": "bits 1.58 has only the symmetric grid of 3 values",
+    "--bits 1.5": "bits 1.5 is none of 1, 1.58, 2, 3",
     "--group 0": "group 0 is neither -1",
     "--group -7": "group -7 is neither -1",
     "--group 65": "group 65 is longer than the 64 inputs",

@@ -35,7 +35,7 @@ CASES = {
     "opt": ("--bits 3 --group -1 --act-order", {}),
     "gpt_neox": ("--bits 2 --group 64 --asym --act-order", {"shards": 2}),
     "phi3": ("--bits 1 --group 32", {}),
-    "gemma2": ("--bits 1 --group 64 --format gptq_v2", {"dtype": "bfloat16"}),
+    "gemma2": ("--bits 1.58 --group 64 --format gptq_v2", {"dtype": "bfloat16"}),
     "gemma3_text": ("--bits 3 --group 48 --asym --no-act-order", {}),
 }
 

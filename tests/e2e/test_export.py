@@ -71,6 +71,19 @@ def test_other_layouts(folder, model_type):
     assert open_llama("out.gguf", n_ctx=64).logits(list(range(9))).shape == (9, 300)
 
 
+@pytest.mark.parametrize("ggml_type", [None, "TQ1_0", "TQ2_0", "Q2_0"])
+def test_three_values_in_each_type_that_holds_them(folder, capsys, ggml_type):
+    source = make_tiny("llama", folder / "source", hidden_size=256, intermediate_size=512)
+    source = packed(folder, source, bits=1.58, group_size=256)
+    export.main([str(source), "--out", "out.gguf", *(["--type", ggml_type] if ggml_type else [])])
+    assert f"14 tensors {ggml_type or 'TQ1_0'}" in capsys.readouterr().out
+    ours, theirs = open_weights(source), open_weights("out.gguf")
+    for linear in ours.linears:
+        (expected,), (values,) = (weights.read([f"{linear}.weight"]).values() for weights in (ours, theirs))
+        assert torch.equal(values, expected), linear
+    assert open_llama("out.gguf", n_ctx=64).logits(list(range(9))).shape == (9, 300)
+
+
 def test_full_precision(folder):
     source = make_tiny("llama", folder / "source")
     export.main([str(source), "--type", "f32", "--out", "out.gguf"])

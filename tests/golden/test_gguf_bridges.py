@@ -15,10 +15,10 @@ OUTPUTS, INPUTS = 5, 512
 
 def uniform(bits, sym, group_size, *, inputs=INPUTS, size=0.02):
     """Codes that use every value, scales of either sign."""
-    generator, groups = torch.Generator().manual_seed(bits), -(-inputs // group_size)
-    codes = torch.randint(0, 2**bits, (OUTPUTS, inputs), generator=generator).to(torch.uint8)
+    generator, groups = torch.Generator().manual_seed(int(bits)), -(-inputs // group_size)
+    codes = torch.randint(0, round(2**bits), (OUTPUTS, inputs), generator=generator).to(torch.uint8)
     scale = half_exact(size * torch.randn(OUTPUTS, groups, generator=generator))
-    zero = torch.full_like(scale, 0.5 if bits == 1 else 2 ** (bits - 1))
+    zero = torch.full_like(scale, {1: 0.5, 1.58: 1}.get(bits) or 2 ** (bits - 1))
     if not sym:
         zero = torch.randint(0, 2**bits, zero.shape, generator=generator).float()
         zero[0, 0], zero[0, 1] = 0, 2**bits - 1
@@ -35,7 +35,7 @@ def read_back(tensor):
     [
         (1, True, 128, "Q1_0"), (1, True, 256, "Q1_0"), (2, True, 64, "Q2_0"), (2, True, 128, "Q2_0"),
         (3, True, 32, "Q4_0"), (4, True, 32, "Q4_0"), (4, True, 128, "Q4_0"), (5, True, 64, "Q5_0"),
-        (8, True, 32, "Q8_0"), (2, False, 32, "Q4_0"), (3, False, 96, "Q4_0"), (7, False, 64, "Q8_0"),
+        (1.58, True, 64, "Q2_0"), (1.58, True, 128, "Q2_0"), (1.58, True, 256, "TQ1_0"), (8, True, 32, "Q8_0"), (2, False, 32, "Q4_0"), (3, False, 96, "Q4_0"), (7, False, 64, "Q8_0"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [0.02, 1e-6])
@@ -48,7 +48,7 @@ def test_exact_types(bits, sym, group_size, name, size):
 
 
 @pytest.mark.parametrize(
-    ("bits", "sym", "name"), [(2, True, "TQ2_0"), (2, True, "Q4_0"), (4, False, "Q5_0"), (5, False, "Q8_0")]
+    ("bits", "sym", "name"), [(1.58, True, "TQ2_0"), (1.58, True, "Q2_0"), (2, True, "TQ2_0"), (2, True, "Q4_0"), (4, False, "Q5_0"), (5, False, "Q8_0")]
 )
 def test_types_asked_for_by_name(bits, sym, name):
     quantized = uniform(bits, sym, 256)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.export.gptq_tensors import from_gptq, packed_bits, to_gptq
+from ptq.export.gptq_tensors import GptqCodec, from_gptq, packed_bits, to_gptq
 from ptq.export.packing import pack_columns, pack_rows, unpack_columns, unpack_rows
 from ptq.qtensor import QuantizedTensor
 
@@ -64,7 +64,7 @@ def read_without_wrap(tensors, bits, v1):
 
 
 def random_codes(rows, columns, bits, seed=0):
-    return torch.randint(2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(round(2**bits), (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def random_tensor(bits, group_size=32, O=32, I=96, seed=0, zero=None, shuffle=False):
@@ -226,6 +226,25 @@ def test_one_bit_grid_is_exact_in_two_bit_words(checkpoint_format, word):
     back = from_gptq(tensors, 2, 32, checkpoint_format)
     assert back.bits == 2 and torch.equal(back.codes, qt.codes * 2)
     assert torch.equal(back.dequantize(), qt.dequantize())
+
+
+@pytest.mark.parametrize("checkpoint_format,word", [("gptq", 0x55555555), ("gptq_v2", -0x55555556)])
+def test_three_values_are_a_symmetric_two_bit_grid_without_its_lowest_code(checkpoint_format, word):
+    qt = random_tensor(1.58, zero=1)
+    tensors = to_gptq(qt, checkpoint_format)
+    assert packed_bits(1.58) == 2 and bool((tensors["qzeros"] == word).all())  # zero 2 in every field, 0xaaaaaaaa in v2
+    assert torch.equal(read_without_wrap(tensors, 2, v1=checkpoint_format == "gptq"), qt.dequantize())
+    stored = from_gptq(tensors, 2, 32, checkpoint_format).codes
+    assert torch.equal(stored, qt.codes + 1) and set(stored.unique().tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("bits,zero", [(1, 0.5), (1.58, 1), (2, 2), (3, 4)])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_the_codec_gives_back_the_same_grid(bits, zero, checkpoint_format):
+    qt, codec = random_tensor(bits, zero=zero), GptqCodec(bits, 32, checkpoint_format)
+    back = codec.unpack(codec.pack(qt))
+    assert back.bits == bits and torch.equal(back.codes, qt.codes)
+    assert torch.equal(back.scale, qt.scale) and torch.equal(back.zero, qt.zero)
 
 
 @pytest.mark.parametrize("zero", [0, 1])

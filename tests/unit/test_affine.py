@@ -4,13 +4,13 @@ import pytest
 import torch
 from test_columns import one_thread  # noqa: F401
 
-from ptq.grids.affine import AffineGrid, half_exact
+from ptq.grids.affine import TERNARY, AffineGrid, half_exact
 from ptq.qtensor import QuantizedTensor
 from ptq.quantizers.rtn import rtn
 from ptq.spec import QuantSpec
 
-GRIDS = [(1, True)] + [(bits, sym) for bits in range(2, 9) for sym in (True, False)]
-LOW_BITS = [(1, True)] + [(bits, sym) for bits in (2, 3, 4) for sym in (True, False)]
+GRIDS = [(1, True), (TERNARY, True)] + [(bits, sym) for bits in range(2, 9) for sym in (True, False)]
+LOW_BITS = [(1, True), (TERNARY, True)] + [(bits, sym) for bits in (2, 3, 4) for sym in (True, False)]
 
 
 def rows_of(kind, rows=48, columns=32, seed=0, dtype=torch.float64):
@@ -155,6 +155,16 @@ def test_one_bit_is_plus_or_minus_half_a_scale():
     scale, _ = grid.fit(w, importance)  # the weighted mean magnitude: least squares with the signs as codes
     best = (importance * w.abs()).sum(1) / importance.sum(1)
     torch.testing.assert_close(scale / 2, best, rtol=2**-11, atol=0)
+
+
+def test_three_values():
+    grid = AffineGrid(TERNARY, True)
+    w, importance = rows_of("heavy")
+    scale, zero = grid.fit_minmax(w)
+    assert bool((zero == 1).all()) and grid.top == 2
+    torch.testing.assert_close(scale, w.abs().mean(1), rtol=2**-11, atol=0)
+    shares = values_of(grid, w, *grid.fit(w, importance)) / grid.fit(w, importance)[0][:, None]
+    assert set(shares.unique().tolist()) == {-1.0, 0.0, 1.0}
 
 
 def test_one_bit_scales_have_exact_halves():

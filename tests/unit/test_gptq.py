@@ -32,7 +32,7 @@ ORDERS = {
     "natural": {"column_order": "natural"},
     "desc_act": {"column_order": "activation", "desc_act": True},
 }
-GRIDS = [(1, True), (2, True), (2, False), (4, True), (4, False)]
+GRIDS = [(1, True), (1.58, True), (2, True), (2, False), (4, True), (4, False)]
 # Losses are fp32 sums of INPUTS**2 products; D is a difference of numbers 2**bits times as large.
 LOSS_RTOL = 2**-23 * INPUTS
 

@@ -90,6 +90,21 @@ def test_what_a_run_did_not_keep_is_left_out():
     assert "linear's squared weights that is lost" in text_of(text)
 
 
+def test_what_each_step_gained():
+    plain = record()
+    assert "What each step gained" in text_of(page(plain)) and "Tuning" not in text_of(page(plain))
+    assert "reconstructed" not in text_of(page(plain))
+    linears = {
+        name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234} for name, entry in plain["linears"].items()
+    }
+    tuned = {"kl_before": 0.5, "kl_after": 0.375, "kl_epochs": [0.4375, 0.375]}
+    text = page(plain | {"linears": linears, "tuning": tuned})
+    assert not faults(text)
+    cells = re.findall("<tr><td>2</td>(.*?)</tr>", text)[0]  # block 2: means over its linears, then its own
+    assert re.findall(r">([\d.]+)<", cells) == ["0.3", "0.2", "0.003", "0.0432", "0.0123"]
+    assert "0.5 → 0.375 nats" in text_of(text) and ">0.43750<" in text and "block 1, mlp.down_proj" in text
+
+
 def test_published_figures_of_the_same_model_and_bits():
     text = page(record(model="Llama-2-7b-hf"))
     shown = text_of(text)

@@ -11,14 +11,15 @@ Legend: O outputs, I inputs, S blocks of a row.
 import torch
 
 from calibration.errors import InputError
+from ptq.grids.affine import TERNARY, AffineGrid
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.grids.blocks.levels import half
 from ptq.grids.blocks.single import RampGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
 
-SYMMETRIC = {1: "Q1_0", 2: "Q2_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
+SYMMETRIC = {1: "Q1_0", TERNARY: "Q2_0", 2: "Q2_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
 ASYMMETRIC = {2: "Q4_0", 3: "Q4_0", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
-EXACT = "Q1_0", "Q2_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0"  # types with one scale a block, in the order of preference
+EXACT = "Q1_0", "Q2_0", "TQ2_0", "TQ1_0", "Q4_0", "Q5_0", "Q8_0"  # types with one scale a block, in the order of preference
 RAMPS = "Q4_1", "Q5_1"
 
 
@@ -27,13 +28,14 @@ def bridge(quantized: QuantizedTensor, name: str | None = None, *, tensor: str =
 
     Args:
         quantized: On a uniform grid.
-        name: llama.cpp's type, of EXACT or RAMPS; None for the one that suits bits and zero points.
+        name: llama.cpp's type, of EXACT or RAMPS; None for TQ1_0 where the values are three and its blocks lie inside
+            groups, else for the one that suits bits and zero points.
         tensor: What messages call it.
 
     Raises:
         InputError: The type does not hold these values, or its blocks do not lie inside groups.
     """
-    name = name or (SYMMETRIC if _is_symmetric(quantized) else ASYMMETRIC)[quantized.bits]
+    name = name or _usual(quantized)
     try:
         return _converted(quantized, name)
     except _DoesNotFitError as reason:
@@ -46,9 +48,11 @@ class _DoesNotFitError(Exception):
     """Says why in words."""
 
 
-def _is_symmetric(quantized):
-    middle = 0.5 if quantized.bits == 1 else 2 ** (quantized.bits - 1)
-    return bool((quantized.zero == middle).all())
+def _usual(quantized):
+    if _fits(quantized, "TQ1_0"):
+        return "TQ1_0"
+    symmetric = bool((quantized.zero == AffineGrid(quantized.bits, True).middle).all())
+    return (SYMMETRIC if symmetric else ASYMMETRIC)[quantized.bits]
 
 
 def _fits(quantized, name):
@@ -63,7 +67,7 @@ def _converted(quantized, name):
         raise _DoesNotFitError(f"{name} is none of {', '.join(EXACT + RAMPS)}")
     grid, groups = BLOCK_GRIDS[name], _groups_of_blocks(quantized, name)
     if isinstance(grid, RampGrid):
-        if quantized.bits == 1 or 2**quantized.bits > grid.levels.count:
+        if quantized.bits < 2 or 2**quantized.bits > grid.levels.count:
             raise _DoesNotFitError(f"{name} has no codes for {quantized.bits} bits")
         d, zero = quantized.scale.T[groups], quantized.zero.T[groups]
         return BlockTensor(quantized.codes, (d, half(-d * zero)), grid)

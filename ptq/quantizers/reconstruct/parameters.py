@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from ptq.grids.affine import half_exact
+from ptq.grids.affine import half_exact, level_count
 from ptq.qtensor import QuantizedTensor
 
 EDGE = 0.45  # how near to its cell's edge, at 0.5, a position may start
@@ -90,7 +90,7 @@ class TrainedCodes(TrainedScales):
     @torch.no_grad()
     def limit(self):
         """Brings positions that left the range of codes back to its edge; call it after each step."""
-        self.position.clamp_(-EDGE, 2**self.start.bits - 1 + EDGE)
+        self.position.clamp_(-EDGE, level_count(self.start.bits) - 1 + EDGE)
 
     def _positions(self):
         return self.position
