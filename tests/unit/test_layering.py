@@ -25,8 +25,8 @@ LAYERS = {
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.baselines": (
-        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.spec", "ptq.workdir",
-        "calibration",
+        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.formats",
+        "ptq.grids.blocks", "ptq.spec", "ptq.workdir", "calibration",
     ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
