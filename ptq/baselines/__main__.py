@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--texts", nargs="+", metavar="NAME|FILE", help="for the perplexity (default: wikitext2)")
     how.add_argument("--protocol", choices=PROTOCOLS, help="of the perplexity (default: gptq)")
     how.add_argument("--divergence", action="store_true", default=None,
-                     help="also KL divergence from the unquantized model and the share of tokens agreed on")  # fmt: skip
+                     help="also KL divergence from the unquantized model, and how often tokens agree")  # fmt: skip
     how.add_argument("--max-tokens", type=int, metavar="N", help="of each text (default: all)")
     how.add_argument("--calibration", metavar="NAME|FILE", help="(default: c4)")
     how.add_argument("--samples", type=int, metavar="N", help="rows of calibration text (default: 128)")

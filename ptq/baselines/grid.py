@@ -143,9 +143,7 @@ class Cell:
         """
         recipe = {"sym": not settings.asym or self.bits == 1}
         if self.format == GGUF:  # the type decides bits, groups and symmetry
-            return QuantSpec(
-                method=self.method, checkpoint_format=GGUF, ggml_type=self.ggml_type, seed=settings.seed
-            )
+            return QuantSpec(method=self.method, checkpoint_format=GGUF, ggml_type=self.ggml_type, seed=settings.seed)
         if self.method == "omniquant":
             recipe = omniquant_recipe(self.bits)
         return QuantSpec(

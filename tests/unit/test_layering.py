@@ -67,7 +67,7 @@ LAYERS = {
     "ptq.defaults": ("calibration.errors",),
     "ptq.clock": (),
     "ptq.memory": (),
-    "ptq.demo": (),
+    "ptq.demo": ("calibration",),
     "ptq.document": (),
     "ptq.console": ("calibration",),
     "calibration": (),
