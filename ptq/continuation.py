@@ -59,7 +59,8 @@ def continuation(
             f"a prompt of {ids.shape[1]} tokens and {wanted} new ones pass the model's context of {context} positions"
         )
     end = loaded.model.generation_config.eos_token_id
-    set_seed(seed)
+    if temperature > 0:
+        set_seed(seed)
     out = loaded.model.generate(
         ids.to(loaded.model.device),
         attention_mask=torch.ones_like(ids).to(loaded.model.device),

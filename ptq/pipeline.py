@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from calibration.errors import InputError, TrainingStopped
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
+from ptq.continuation import continuation
 from ptq.defaults import choose_device, choose_dtype, default_budget, window_length
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
+from ptq.load import LoadedModel
 from ptq.memory import peak_memory
 from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
@@ -35,6 +38,8 @@ from ptq.workdir import WorkFolder, work_folder
 VERSION = "0.1.0"
 REPORT = "ptq_report.json"
 HELDOUT_TOKENS = 32768  # of the before-and-after figures; ptq.evaluate reads whole texts
+WHOLE_BYTES = 1 << 27  # a model of so many is held whole to say something; ptq.report does it for any
+PROMPT_TOKENS, SAID_TOKENS = 16, 48
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def quantize_model(
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
-    job = _Job(streamed, spec, kind, linears, drawn, text, windows, clock, budget, command)
+    job = _Job(streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, budget, command)
     if os.path.lexists(out):
         return _finished_before(out, job.identity)
     work = WorkFolder(out, job.identity, resume=resume)
@@ -139,6 +144,7 @@ class _Job:
     drawn: CalibrationSet | None
     text: str | None
     windows: torch.Tensor | None
+    tokenizer: PreTrainedTokenizerBase | None
     clock: Clock
     budget: int
     command: str
@@ -172,6 +178,8 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         kind.verify(packed, streamed, work, per_linear)
     with clock.phase("perplexity"):
         perplexity = _measure(job, packed, work)
+    with clock.phase("generate"):
+        generations = _generations(job, packed)
     verdicts = kind.runtimes(job.linears, streamed.checkpoint.config["model_type"])
     report = {
         "identity": job.identity,
@@ -188,6 +196,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "bytes": kind.bytes_by_part(packed),
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "tuning": work.tuned_report(),
+        "generations": generations,
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -198,6 +207,22 @@ def _run(job: _Job, work: WorkFolder) -> dict:
 
 def _rounded(phases, total) -> dict[str, float]:
     return {name: round(spent, 3) for name, spent in {**phases, "total": total}.items()}
+
+
+def _generations(job, packed) -> dict | None:
+    """What both models say after the first words of the held-out text, where the whole model is small."""
+    source = job.streamed.checkpoint
+    weights = sum(math.prod(source.shape(name)) for name in source.names())
+    if job.windows is None or job.tokenizer is None or weights * job.streamed.dtype.itemsize > WHOLE_BYTES:
+        return None
+    room = job.windows.shape[1]
+    prompt = job.windows[:1, : min(PROMPT_TOKENS, room // 2)]
+    texts = {"prompt": job.tokenizer.decode(prompt[0])}
+    for when, model in (("before", job.streamed), ("after", job.streamed.with_weights(packed))):
+        loaded = LoadedModel(source.folder, model.whole(), job.tokenizer)
+        said = continuation(loaded, prompt, max_new_tokens=min(SAID_TOKENS, room - prompt.shape[1]))
+        texts[when] = job.tokenizer.decode(said, skip_special_tokens=True)
+    return texts
 
 
 def _sizes(job, after) -> dict:

@@ -117,11 +117,12 @@ class StreamedModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, T, vocabulary) from the last block's output (batch, T, D); inside outside(head=True)."""
+        rows = hidden.flatten(0, 1)[:, None]  # each at the first position: T may pass the learned ones
         forwards = [lambda x, *args, **kwargs: x] * len(self.blocks)
-        forwards[-1] = lambda x, *args, **kwargs: hidden
-        unused = hidden.new_zeros(*hidden.shape[:2], self.model.get_input_embeddings().embedding_dim)
+        forwards[-1] = lambda x, *args, **kwargs: rows
+        unused = rows.new_zeros(*rows.shape[:2], self.model.get_input_embeddings().embedding_dim)
         with replaced_blocks(self.blocks, forwards):
-            return self.model(inputs_embeds=unused, use_cache=False).logits
+            return self.model(inputs_embeds=unused, use_cache=False).logits.view(*hidden.shape[:2], -1)
 
     def _base(self, tokens):
         base = getattr(self.model, self.model.base_model_prefix)

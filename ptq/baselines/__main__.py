@@ -31,13 +31,14 @@ EXAMPLES = """examples:
   python -m ptq.baselines --preset bitdistiller --tasks --out tables/bitdistiller
   python -m ptq.baselines --preset greenbit --stand-in demo --out tables/try
   python -m ptq.baselines --models ./my-model --bits 2 3 4 --groups 64 128 --texts held-out.txt --out tables/mine
+  python -m ptq.baselines --models ./my-model --formats gguf --types Q2_K Q3_K --divergence --out tables/gguf
   python -m ptq.baselines --config grid.toml --out tables/mine
 
 grid.toml holds flags by their names: models = ["./my-model"], bits = [2, 3], max-tokens = 65536.
 OUT gets table.md, table.csv and table.html, written anew after each cell. A killed run goes on with the same command;
 cells that failed are tried again.
 """
-AXES = ("methods", "bits", "groups", "formats")
+AXES = ("methods", "bits", "groups", "formats", "types")
 DEMO_NAME, OWN_TASKS = "demo", ""
 
 
@@ -55,10 +56,13 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--bits", nargs="+", type=int, metavar="N", help="(default: 2)")
     grid.add_argument("--groups", nargs="+", type=int, metavar="N", help="-1: whole rows (default: 128)")
     grid.add_argument("--formats", nargs="+", metavar="NAME", help=", ".join(CHECKPOINT_FORMATS))
+    grid.add_argument("--types", nargs="+", metavar="TYPE", help="llama.cpp's, for format gguf (default: by --bits)")
     grid.add_argument("--published", nargs="*", metavar="SOURCE", help=f"figures beside them: {', '.join(SOURCES)}")
     how = p.add_argument_group("settings, the same for all cells")
     how.add_argument("--texts", nargs="+", metavar="NAME|FILE", help="for the perplexity (default: wikitext2)")
     how.add_argument("--protocol", choices=PROTOCOLS, help="of the perplexity (default: gptq)")
+    how.add_argument("--divergence", action="store_true", default=None,
+                     help="also KL divergence from the unquantized model, and how often tokens agree")  # fmt: skip
     how.add_argument("--max-tokens", type=int, metavar="N", help="of each text (default: all)")
     how.add_argument("--calibration", metavar="NAME|FILE", help="(default: c4)")
     how.add_argument("--samples", type=int, metavar="N", help="rows of calibration text (default: 128)")
@@ -192,8 +196,8 @@ def _claim(out, settings):
     if not record.exists():
         write_atomically(record, (json.dumps(now, indent=2) + "\n").encode())
         return
-    before = json.loads(record.read_bytes())
-    changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if before.get(name) != value]
+    before = Settings().as_dict() | json.loads(record.read_bytes())
+    changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items() if before[name] != value]
     if changed:
         raise InputError(f"{out}: holds cells of other settings, choose another --out: {'; '.join(changed)}")
 

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from calibration.errors import InputError
 from ptq.baselines.grid import FULL, Cell, Settings
+from ptq.baselines.rows import KL, SAME
 from ptq.defaults import default_budget
+from ptq.evaluation.divergence import measure_divergence
 from ptq.evaluation.harness import Score, load_tasks, preset_average
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.evaluation.tasks import choose_tasks
@@ -90,7 +92,7 @@ def measure_cell(cell: Cell, settings: Settings, folder: Path) -> dict:
         path = folder / ARTEFACT
         made = _make(cell, settings, path)
         path = next(path.glob("*.gguf"), path)
-    figures = _perplexities(path, settings) + _tasks(path, settings)
+    figures = _of_texts(cell, path, settings) + _tasks(path, settings)
     return {"figures": [figure.as_dict() for figure in figures], **made}
 
 
@@ -117,19 +119,30 @@ def _make(cell, settings, out):
     }
 
 
-def _perplexities(path, settings) -> list[Score]:
+def _of_texts(cell, path, settings) -> list[Score]:
     how = {"device": settings.device, "dtype": settings.dtype}
     if settings.protocol == "lm-eval":
         how |= {"cache": default_cache(), "seqlen": settings.seqlen, "limit": settings.limit}
         return [score for text in settings.texts for score in _of_documents(path, text, settings, how)]
-    model, scores = open_streamed(path, **how), []
-    for text in settings.texts:
-        cut = {"seqlen": settings.seqlen, "max_tokens": settings.max_tokens}
-        windows, skip = protocol_windows(model, text, settings.protocol, **cut)
-        with tempfile.TemporaryDirectory(prefix="ptq-") as spill:
-            found = measure_perplexity(model, windows, skip=skip, spill=Path(spill), budget=default_budget())
-        scores.append(Score(text, "perplexity", found.perplexity, found.stderr, found.tokens))
-    return scores
+    model = open_streamed(path, **how)
+    reference = open_streamed(cell.source, **how) if settings.divergence and cell.method != FULL else None
+    return [score for text in settings.texts for score in _of_windows(model, reference, text, settings)]
+
+
+def _of_windows(model, reference, text, settings) -> list[Score]:
+    cut = {"seqlen": settings.seqlen, "max_tokens": settings.max_tokens}
+    windows, skip = protocol_windows(model, text, settings.protocol, **cut)
+    with tempfile.TemporaryDirectory(prefix="ptq-") as folder:
+        spill = {"spill": Path(folder), "budget": default_budget()}
+        if reference is None:
+            found = measure_perplexity(model, windows, skip=skip, **spill)
+            return [Score(text, "perplexity", found.perplexity, found.stderr, found.tokens)]
+        far = measure_divergence(model, reference, windows, skip=skip, **spill)
+    return [
+        Score(text, "perplexity", far.model.perplexity, far.model.stderr, far.tokens),
+        Score(text, KL, far.kl, far.kl_stderr, far.tokens),
+        Score(text, SAME, far.same_top, None, far.tokens),
+    ]
 
 
 def _of_documents(path, text, settings, how) -> list[Score]:

@@ -1,4 +1,4 @@
-"""What is to be measured: models x methods x bits x groups x formats, and the settings that all cells share."""
+"""What is to be measured: models x methods x bits x groups x formats x types, and the settings that all cells share."""
 
 import hashlib
 import re
@@ -8,9 +8,12 @@ from itertools import product
 from pathlib import Path
 
 from calibration.errors import InputError
+from ptq.formats.gguf import TYPE_OF_BITS, check_type
+from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
 
 FULL = "none"  # the method of a model that is measured as it is
+GGUF, OF_BLOCKS = "gguf", ("gptq", "rtn")  # a format whose types are its grids, and the methods that take those
 COST = {FULL: 1, "rtn": 2, "gptq": 20, "omniquant": 400}  # minutes beside each other; a new method is taken as dear
 UNKNOWN_COST, UNKNOWN_SIZE = 400, 7.0
 
@@ -38,6 +41,7 @@ class Settings:
     Attributes:
         texts: Texts of the perplexity: corpus names or files.
         protocol: Of the perplexity.
+        divergence: Also KL divergence from the unquantized model, and how often the likeliest token is its.
         max_tokens: Of each text; None for all of it. Protocol lm-eval takes whole documents.
         calibration: Corpus name or file.
         samples: Rows of calibration text.
@@ -53,6 +57,7 @@ class Settings:
 
     texts: tuple[str, ...] = ("wikitext2",)
     protocol: str = "gptq"
+    divergence: bool = False
     max_tokens: int | None = None
     calibration: str = "c4"
     samples: int = 128
@@ -72,6 +77,8 @@ class Settings:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.protocol == "lm-eval" and self.max_tokens is not None:
             raise InputError("--protocol lm-eval takes whole documents: no --max-tokens; --limit counts documents")
+        if self.protocol == "lm-eval" and self.divergence:
+            raise InputError("--divergence compares tokens of windows: --protocol lm-eval has none")
 
     def as_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -102,6 +109,7 @@ class Cell:
     bits: int = 16
     group: int = 0
     format: str = ""
+    ggml_type: str = ""
 
     @property
     def name(self) -> str:
@@ -111,6 +119,8 @@ class Cell:
             model += "-" + hashlib.sha256(str(Path(self.source).resolve()).encode()).hexdigest()[:6]
         if self.method == FULL:
             return f"{model}-full"
+        if self.format == GGUF:
+            return f"{model}-{self.ggml_type}-{self.method}"
         group = "" if self.group == -1 else f"g{self.group}"
         layout = "" if self.format == CHECKPOINT_FORMATS[0] else f"-{self.format}"
         return f"{model}-w{self.bits}{group}-{self.method}{layout}"
@@ -132,6 +142,8 @@ class Cell:
             InputError: As QuantSpec.
         """
         recipe = {"sym": not settings.asym or self.bits == 1}
+        if self.format == GGUF:  # the type decides bits, groups and symmetry
+            return QuantSpec(method=self.method, checkpoint_format=GGUF, ggml_type=self.ggml_type, seed=settings.seed)
         if self.method == "omniquant":
             recipe = omniquant_recipe(self.bits)
         return QuantSpec(
@@ -146,24 +158,49 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Models by every combination of the rest."""
+    """Models by every combination of the rest; files of llama.cpp by their types, or else by the usual type of bits.
+
+    Raises:
+        InputError: Something is unknown, or the axes leave nothing to make.
+    """
 
     models: tuple[Model, ...]
     methods: tuple[str, ...] = METHODS
     bits: tuple[int, ...] = (2,)
     groups: tuple[int, ...] = (128,)
     formats: tuple[str, ...] = CHECKPOINT_FORMATS[:1]
+    types: tuple[str, ...] = ()
 
     def __post_init__(self):
         for flag, values, known in (("methods", self.methods, METHODS), ("formats", self.formats, CHECKPOINT_FORMATS)):
             for value in values:
                 if value not in known:
                     raise InputError(f"--{flag} {value}: is not one of {', '.join(known)}")
+        for name in self.types:
+            check_type("types", name, BLOCK_GRIDS)
+        if self.types and GGUF not in self.formats:
+            raise InputError("--types are llama.cpp's: they need --formats gguf")
+        if self.formats == (GGUF,) and not set(self.methods) & set(OF_BLOCKS):
+            raise InputError(f"--formats gguf takes --methods {' or '.join(OF_BLOCKS)}, not {', '.join(self.methods)}")
 
     def cells(self, model: Model) -> list[Cell]:
         """A model's cells, the unquantized one first."""
-        axes = product(self.methods, self.bits, self.groups, self.formats)
-        return [Cell(model.source), *(Cell(model.source, *point) for point in axes)]
+        uniform = [layout for layout in self.formats if layout != GGUF]
+        points = list(product(self.methods, self.bits, self.groups, uniform))
+        if GGUF in self.formats:
+            points += [(method, *kind) for method in self.methods if method in OF_BLOCKS for kind in self._kinds()]
+        return [Cell(model.source), *(Cell(model.source, *point) for point in points)]
+
+    def _kinds(self):
+        """(bits, group, format, type) of llama.cpp's files; bits are the number in a type's name."""
+        names = self.types or tuple(_usual_type(bits) for bits in self.bits)
+        return [(int(re.search(r"\d", name)[0]), 0, GGUF, name) for name in names]
+
+
+def _usual_type(bits):
+    if bits not in TYPE_OF_BITS:
+        raise InputError(f"--bits {bits}: no llama.cpp type is the usual one for them; choose with --types")
+    return TYPE_OF_BITS[bits]
 
 
 def short_name(source: str) -> str:

@@ -43,7 +43,10 @@ PRESETS = {
         tasks="onebit",
     ),
     "starcoder": Preset(
-        grids=(Grid((STARCODER_3B,), bits=(4,)),),
+        grids=(
+            Grid((STARCODER_3B,), bits=(4,)),
+            Grid((STARCODER_3B,), formats=("gguf",), types=("Q4_K",)),
+        ),
         sources=("starcoder",),
         settings=Settings(texts=("code",), calibration="code"),
         tasks="starcoder",

@@ -8,7 +8,9 @@ from ptq.baselines.grid import FULL, Cell
 MEASURED = "measured"
 TRAINED, ROUNDED, UNQUANTIZED = "QAT", "PTQ", ""  # with the training, after it, not at all
 SIZE = "file, GiB"
-PERCENT = ("", "acc", "acc_norm", "exact_match", "f1", "em")  # "": an average of such
+KL, SAME = "KL divergence, nats", "same token, %"  # as ptq.evaluate --reference has them
+PERCENT = ("", "acc", "acc_norm", "exact_match", "f1", "em", SAME)  # "": an average of such
+OF_TEXTS = ("perplexity", "bits_per_byte", KL, SAME)
 GIB = 2**30
 
 
@@ -84,7 +86,7 @@ def measured_row(cell: Cell, result: dict | None) -> Row:
         origin=MEASURED,
         name=cell.model.rpartition("/")[2],
         kind=UNQUANTIZED if full else ROUNDED,
-        method="" if full else cell.method + (f", {cell.format}" if cell.format not in ("", "gptq") else ""),
+        method="" if full else _method(cell),
         bits=str(cell.bits),
         group={0: "", -1: "row"}.get(cell.group, str(cell.group)),
     )
@@ -97,14 +99,21 @@ def measured_row(cell: Cell, result: dict | None) -> Row:
     return row
 
 
+def _method(cell):
+    layout = cell.ggml_type or ("" if cell.format == "gptq" else cell.format)
+    return cell.method + (f", {layout}" if layout else "")
+
+
 def _measured_figure(score) -> tuple[str, Figure]:
     label = f"{score['task']} {score['metric']}".strip()
     factor = 100 if score["metric"] in PERCENT else 1
-    error = "" if score["stderr"] is None else f"{factor * score['stderr']:.2f}"
-    return label, Figure(_short(factor * score["value"]), error)
+    error = "" if score["stderr"] is None else _short(factor * score["stderr"], score["metric"])
+    return label, Figure(_short(factor * score["value"], score["metric"]), error)
 
 
-def _short(value):
+def _short(value, metric):
+    if metric == KL:  # of 8 bits 1e-5, of 2 bits 1e-1
+        return f"{value:.3g}"
     return f"{value:.2f}" if value < 10000 else f"{value:.3g}"
 
 
@@ -132,6 +141,6 @@ def _text_of(calibration):
 def labels(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
     """Labels of perplexities and sizes, and of tasks, in the order in which they turn up, averages last."""
     found = list(dict.fromkeys(label for row in rows for label in row.figures))
-    plain = [label for label in found if "perplexity" in label or "bits_per_byte" in label or label == SIZE]
+    plain = [label for label in found if label == SIZE or any(kind in label for kind in OF_TEXTS)]
     tasks = sorted((label for label in found if label not in plain), key=lambda label: label == "average")
     return sorted(plain, key=lambda label: label == SIZE), tasks

@@ -30,7 +30,7 @@ def page(report: dict, generations: Generations | None = None) -> str:
 
     Args:
         report: As in ptq_report.json; parts that older runs did not keep are left out.
-        generations: Text of the full-precision and of the quantized model.
+        generations: Text of the full-precision and of the quantized model; None for what the run kept of it.
     """
     spec = report["identity"]["spec"]
     title = f"{report['model']}, {spec['bits']} bits"
@@ -44,7 +44,7 @@ def page(report: dict, generations: Generations | None = None) -> str:
         *steps(report),
         *_bits(report),
     ]
-    parts += [*_histograms(report), *_generations(generations), *_time(report), *_runtimes(report)]
+    parts += [*_histograms(report), *_generations(generations or _kept(report)), *_time(report), *_runtimes(report)]
     return document(title, *parts)
 
 
@@ -167,15 +167,19 @@ def _histograms(report):
     yield element("div", *figures, class_="tiles")
 
 
+def _kept(report) -> Generations | None:
+    kept = report.get("generations")
+    return None if kept is None else Generations(**kept)
+
+
 def _generations(generations):
     if generations is None:
         return
     texts = (("before", generations.before), ("after", generations.after))
     columns = (element("div", element("p", name, class_="quiet"), element("pre", text)) for name, text in texts)
     yield element("h2", "What it says")
-    yield element(
-        "p", "After ", element("code", generations.prompt), ", the likeliest token each time:", class_="quiet"
-    )
+    yield element("p", "The likeliest token each time, after this:", class_="quiet")
+    yield element("pre", generations.prompt)
     yield element("div", *columns, class_="columns")
 
 

@@ -8,7 +8,7 @@ from commands import hashes, read_report, token_file
 from pages import faults, text_of
 from tiny_models import make_tiny
 
-from ptq import quantize
+from ptq import pipeline, quantize
 from ptq.evaluation.answers import artefact_hash
 from ptq.report import __main__ as report
 from ptq.report import files
@@ -39,6 +39,8 @@ def test_every_run_leaves_a_page_and_a_card(here, family):
     for name, counted in record["histograms"].items():
         outputs, inputs = record["linears"][name]["shape"]
         assert sum(counted["before"]) == sum(counted["after"]) == outputs * inputs
+    kept = record["generations"]
+    assert kept["prompt"] and kept["before"] and kept["after"] and kept["after"] in text_of(text)
     stored = sum(record["bytes"].values())
     assert 0 < record["file_bytes"]["after"] - stored < 20_000  # the rest is the header
 
@@ -53,6 +55,12 @@ def test_the_page_is_drawn_anew_with_what_both_models_say(here, capsys):
     assert "What it says" in text_of(text) and hashes(out) == before and artefact_hash(out) == identity
     report.main(["out"])
     assert (out / "report.html").read_text() == page(read_report(out))
+
+
+def test_a_large_model_is_not_held_whole(here, monkeypatch):
+    monkeypatch.setattr(pipeline, "WHOLE_BYTES", 1000)
+    out = quantized()
+    assert read_report(out)["generations"] is None and "The likeliest token" not in (out / "report.html").read_text()
 
 
 def test_a_fault_in_drawing_costs_nothing_but_the_page(here, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from ptq.baselines.grid import Cell, Grid, Model, Settings, in_order_of_cost
 from ptq.baselines.page import page
 from ptq.baselines.presets import PRESETS
 from ptq.baselines.published import published_entries
-from ptq.baselines.rows import measured_row
+from ptq.baselines.rows import labels, measured_row
 from ptq.baselines.sections import build_sections
 from ptq.baselines.tables import figure_text, long_csv, markdown
 from ptq.evaluation.published.doubts import find_doubts
@@ -128,6 +128,31 @@ def test_cells_in_order_of_cost_and_each_once():
     assert methods == sorted(methods, key=["none", "rtn", "gptq", "omniquant"].index)
 
 
+def test_files_of_llama_cpp_go_by_type_and_not_by_group():
+    model = Model("x/a-1b", "a")
+    cells = in_order_of_cost([Grid((model,), ("rtn",), (3,), (64, 128), ("gptq", "gguf"), ("Q2_K", "IQ4_XS"))])
+    assert [cell.name for cell in cells] == [
+        "x-a-1b-full", "x-a-1b-w3g64-rtn", "x-a-1b-w3g128-rtn", "x-a-1b-Q2_K-rtn", "x-a-1b-IQ4_XS-rtn",
+    ]  # fmt: skip
+    assert cells[-1].spec(Settings()).ggml_type == "IQ4_XS"
+    row = measured_row(cells[-1], None)
+    assert (row.recipe, row.bits, row.group) == ("rtn, IQ4_XS, PTQ", "4", "")
+    usual = Grid((model,), bits=(2, 4), groups=(32, 64), formats=("gguf",)).cells(model)
+    assert [cell.ggml_type for cell in usual] == ["", "Q2_K", "Q4_K", "Q2_K", "Q4_K"]  # gptq and rtn
+    assert {cell.method for cell in usual[1:]} == {"gptq", "rtn"}
+
+
+def test_a_divergence_is_printed_to_its_own_digits():
+    figures = [
+        {"task": "c4", "metric": metric, "value": value, "stderr": error, "questions": 9}
+        for metric, value, error in (("KL divergence, nats", 0.012345, 0.000123), ("same token, %", 0.93456, None))
+    ]
+    row = measured_row(Cell("m", "gptq", 2, 64, "gptq"), RESULT | {"figures": figures})
+    texts = {label: figure_text(figure) for label, figure in row.figures.items()}
+    assert texts == {"c4 KL divergence, nats": "0.0123 ± 0.000123", "c4 same token, %": "93.46", "file, GiB": "2"}
+    assert labels([row]) == (list(texts), [])
+
+
 def test_folders_of_one_name_have_cells_of_their_own(tmp_path):
     for place in ("a", "b"):
         (tmp_path / place / "model").mkdir(parents=True)
@@ -147,6 +172,13 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "--methods qat: is not one of gptq, rtn" in refused(capsys, "--models", "m", "--methods", "qat")
     assert "--formats zip: is not one of" in refused(capsys, "--preset", "onebit", "--formats", "zip")
+    assert "--types 'Q9' is not one of" in refused(capsys, "--models", "m", "--formats", "gguf", "--types", "Q9")
+    assert "--types are llama.cpp's" in refused(capsys, "--models", "m", "--types", "Q2_K")
+    assert "--bits 7: no llama.cpp type" in refused(capsys, "--models", "m", "--formats", "gguf", "--bits", "7")
+    no_method = ("--models", "m", "--formats", "gguf", "--methods", "omniquant")
+    assert "--formats gguf takes --methods gptq or rtn" in refused(capsys, *no_method)
+    lm_eval = ("--models", "m", "--protocol", "lm-eval")
+    assert "--divergence compares tokens" in refused(capsys, *lm_eval, "--divergence")
     assert "give --models" in refused(capsys)
     assert "has its own models" in refused(capsys, "--preset", "onebit", "--models", "m")
     assert "--published x: is not one of" in refused(capsys, "--models", "m", "--published", "x")

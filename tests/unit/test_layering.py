@@ -26,20 +26,20 @@ LAYERS = {
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.baselines": (
-        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.spec", "ptq.workdir",
-        "calibration",
+        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.formats",
+        "ptq.grids.blocks", "ptq.spec", "ptq.workdir", "calibration",
     ),
     "ptq.benchmark": (
         "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.pipeline", "ptq.spec", "ptq.streamed",
         "calibration",
     ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
+    "ptq.pipeline": (
+        "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats",
+        "ptq.load", "ptq.memory", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
+    ),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
-    "ptq.pipeline": (
-        "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats", "ptq.memory",
-        "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
-    ),
     "ptq.tuning": (
         "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
         "calibration",
@@ -72,7 +72,7 @@ LAYERS = {
     "ptq.defaults": ("calibration.errors",),
     "ptq.clock": (),
     "ptq.memory": (),
-    "ptq.demo": (),
+    "ptq.demo": ("calibration",),
     "ptq.document": (),
     "ptq.console": ("calibration",),
     "calibration": (),

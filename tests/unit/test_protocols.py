@@ -75,6 +75,15 @@ def test_gptq_scores_every_token_but_the_first(folders, windows):
     assert result.perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=NATS)
 
 
+def test_rows_of_many_windows_pass_the_learned_positions(tmp_path, windows):
+    """Logits are made for as many rows as memory allows, whatever number of positions the model knows."""
+    folder = make_tiny("gpt_bigcode", tmp_path / "bigcode", n_positions=SEQLEN)
+    result = measure_perplexity(streamed(folder), windows)
+    log_p = log_probabilities(folder, windows)
+    nll = -_chosen(log_p[:, :-1].flatten(0, 1), windows, 0).mean()
+    assert result.nll == pytest.approx(float(nll), abs=NATS)
+
+
 @pytest.mark.parametrize("bos", [0, None])
 @pytest.mark.parametrize("seqlen", [32, 31])
 def test_llama_cpp_scores_the_second_half_after_a_bos(folders, windows, bos, seqlen):
