@@ -186,9 +186,9 @@ def _build_model(checkpoint, dtype, trust_remote_code) -> nn.Module:
 
 
 def _check_blocks(config, checkpoint):
-    """Refuses a number of blocks that no checkpoint of so many tensors has, before it takes forever to build them."""
+    """Refuses none, and more than a checkpoint of so many tensors can have, which would take forever to build."""
     blocks, tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.names())
-    if blocks > tensors:
+    if not 0 < blocks <= tensors:
         raise InputError(
             f"{checkpoint.folder / 'config.json'}: num_hidden_layers is {blocks}; the checkpoint has {tensors} tensors"
         )
