@@ -10,6 +10,7 @@ TEST_READY := $(VENV)/test-ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/ready
+CONVERTER := llama-cpp-python==0.3.36
 DEMO := quantized/demo-w2g128-gptq
 
 .PHONY: help demo test test-slow test-gpu test-peers lint clean
@@ -19,7 +20,7 @@ help:
 	@echo "make test        the tests that need neither network nor GPU"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    the tests that need a CUDA device"
-	@echo "make test-peers  the files loaded by GPTQModel and transformers, in an environment of their own"
+	@echo "make test-peers  the files loaded by GPTQModel and transformers, and beside those of llama.cpp's converter"
 	@echo "make lint        ruff"
 	@echo "make clean       remove the environments, caches and the demo's output"
 
@@ -56,12 +57,16 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(TEST_READY): $(READY)
-	$(PY) $(PIP) --quiet -e '.[test,eval,notebooks]'
+	$(PY) $(PIP) --quiet -e '.[test,eval,notebooks,llamacpp]'
 	@touch $@
 
-# The programs that load our files, in an environment apart: they pin a numpy of their own.
+# The programs that load our files, in an environment apart: they pin a numpy of their own. Beside them llama.cpp's
+# source tree, for its converter, which only the source package of llama-cpp-python brings.
 $(PEERS_READY): constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check '$(TORCH)'
-	$(PEERS)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check '$(TORCH)' transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0 sentencepiece
+	$(PEERS)/bin/python -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest $(PEERS) $(CONVERTER)
+	rm -rf $(PEERS)/llama.cpp
+	cd $(PEERS) && bin/python -m tarfile -e llama_cpp_python-*.tar.gz . && mv llama_cpp_python-*/vendor/llama.cpp llama.cpp
 	@touch $@

@@ -171,15 +171,27 @@ def _build_model(checkpoint, dtype, trust_remote_code) -> nn.Module:
     """The model of a checkpoint's config with parameters on the meta device."""
     try:
         config = checkpoint.model_config(trust_remote_code=trust_remote_code)
+        _check_blocks(config, checkpoint)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config  # the checkpoint gives plain weights
         config.dtype = dtype
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except Exception as error:  # a wrong value surfaces as whatever it breaks inside transformers
         file, cause = checkpoint.folder / "config.json", " ".join(str(error).split()) or "no reason given"
         raise InputError(f"{file}: transformers cannot build this model ({type(error).__name__}: {cause})") from error
     return model.eval().requires_grad_(False)
+
+
+def _check_blocks(config, checkpoint):
+    """Refuses none, and more than a checkpoint of so many tensors can have, which would take forever to build."""
+    blocks, tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.names())
+    if not 0 < blocks <= tensors:
+        raise InputError(
+            f"{checkpoint.folder / 'config.json'}: num_hidden_layers is {blocks}; the checkpoint has {tensors} tensors"
+        )
 
 
 def _checkpoint_keys(names, prefix, renamed, checkpoint) -> dict[str, str]:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-
 PEERS = Path(__file__).parents[1] / ".venv-peers"
 
 

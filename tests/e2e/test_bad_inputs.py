@@ -78,6 +78,7 @@ MODELS = {
     "config cut short": (cut("config.json", 40), "config.json: cannot be read as JSON"),
     "config that no model fits": (config(num_attention_heads=0), "config.json: transformers cannot build"),
     "config with a word for a number": (config(hidden_size="wide"), "config.json: transformers cannot build"),
+    "countless blocks": (config(num_hidden_layers=2**31), "num_hidden_layers is 2147483648; the checkpoint has 21"),
     "unknown activation": (config(hidden_act="nope"), "config.json: transformers cannot build"),
     "no model_type": (config(model_type=None), "no model_type; known: "),
     "unknown model_type": (config(model_type="bert"), "'bert' is not a known family; known: gemma2"),

@@ -70,6 +70,7 @@ def test_gguf_files(whole, tmp_path, capsys, little_memory, copies):
     for _ in range(copies):
         (tmp_path / "model.gguf").write_bytes(damage(content, generator))
         count += refused(capsys, tmp_path / "model.gguf", whole / "h.npy")
+    print(f"{copies} files, {count} refused")
     assert copies / 4 < count < copies
 
 
@@ -115,4 +116,5 @@ def test_model_folders(whole, tmp_path, capsys, little_memory, copies, hurt):
         shutil.copytree(whole / "model", tmp_path / "model", dirs_exist_ok=True)
         hurt(tmp_path / "model", generator)
         count += refused(capsys, tmp_path / "model", whole / "h.npy")
-    assert 0 < count < copies
+    print(f"{copies} folders, {count} refused")
+    assert 0 < count <= copies

@@ -42,9 +42,10 @@ CARD = "---\nlicense: mit\ntags: [code]\nlanguage: [en]\n---\nA card.\n"
 # "<architecture> <key>", each with its reason in docs/formats.md. Nothing else may differ.
 ONLY_OURS = ["* tokenizer.huggingface.json", "* *.vocab_size", "* *.rope.dimension_count", "* *.rope.freq_base",
              "* tokenizer.ggml.add_*_token", "* tokenizer.ggml.add_space_prefix", "* *.rope.scaling.attn_factor",
-             "gemma? *.attention.sliding_window_pattern", "gemma3 *.final_logit_softcapping",
-             "gptneox general.file_type"]  # fmt: skip
-ONLY_THEIRS = ["* tokenizer.ggml.add_sep_token", "phi3 *.rope.scaling.original_context_length"]
+             "phi3 *.rope.scaling.type", "gemma? *.attention.sliding_window_pattern",
+             "gemma3 *.final_logit_softcapping", "gptneox general.file_type"]  # fmt: skip
+ONLY_THEIRS = ["* tokenizer.ggml.add_sep_token", "phi3 *.rope.scaling.original_context_length",
+               "* *.rope.scaling.yarn_attn_factor"]  # fmt: skip
 DIFFERENT = ["* tokenizer.ggml.scores", "gemma? tokenizer.ggml.add_space_prefix", "phi3 tokenizer.ggml.token_type"]
 NORMAL_END = "'</s>' was not control-type"  # a token of Qwen's that text may hold; its own file is warned of too
 

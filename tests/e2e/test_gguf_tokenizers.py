@@ -168,7 +168,7 @@ def test_special_tokens_and_chat_template(tmp_path):
     assert [kinds[text] for text in ("<|im_start|>", "<tool>", "a", f"[PAD{len(tokenizer)}]")] == [3, 4, 1, 5]
 
 
-ENDS = ["</s>", "<|im_end|>", "<end_of_turn>", "<EOT>", "<fim_prefix>", "<PRE>", "<fim-pad>", "<reponame>", "<|file_sep|>"]
+ENDS = ["</s>", "<|im_end|>", "<end_of_turn>", "<EOT>", "<fim_prefix>", "<PRE>", "<reponame>", "<|file_sep|>"]
 
 
 def test_added_tokens_that_look_special_are_control_tokens(tmp_path):

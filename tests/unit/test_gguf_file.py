@@ -146,7 +146,7 @@ def refused(path, content) -> bool:
     return False
 
 
-@pytest.mark.parametrize("copies", [1_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_files(small, scratch, copies):
     whole, generator, count, slowest = small.read_bytes(), random.Random(copies), 0, 0.0
     for _ in range(copies):
