@@ -95,7 +95,8 @@ def test_what_each_step_gained():
     assert "What each step gained" in text_of(page(plain)) and "Tuning" not in text_of(page(plain))
     assert "reconstructed" not in text_of(page(plain))
     linears = {
-        name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234} for name, entry in plain["linears"].items()
+        name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234}
+        for name, entry in plain["linears"].items()
     }
     tuned = {"kl_before": 0.5, "kl_after": 0.375, "kl_epochs": [0.4375, 0.375]}
     text = page(plain | {"linears": linears, "tuning": tuned})
