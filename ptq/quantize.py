@@ -161,6 +161,7 @@ def summary(artefact: Artefact) -> str:
     rows += [
         ("bits per weight, everything", f"{bits['before']:.2f}", f"{bits['after']:.2f}"),
         ("bits per weight, quantized linears", "", f"{bits['linears']:.2f}"),
+        *_shortest(bits),
         ("file size", size_text(size["before"]), size_text(size["after"])),
         ("seconds", "", f"{report['seconds']['total']:.1f}"),
     ]
@@ -169,6 +170,12 @@ def summary(artefact: Artefact) -> str:
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
     return "\n".join([*lines, "", f"written: {artefact.folder}"])
+
+
+def _shortest(bits):
+    """What two or three values need, where the file's 2-bit words take more."""
+    if bits["shortest"] < bits["linears"]:
+        yield "the same, were codes as short as may be", "", f"{bits['shortest']:.2f}"
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ def test_what_a_run_did_not_keep_is_left_out():
     assert "linear's squared weights that is lost" in text_of(text)
 
 
+def test_bits_of_codes_as_short_as_may_be():
+    assert "as short as" not in text_of(page(record()))
+    bits = {"before": 16.0, "after": 2.5, "linears": 2.14, "shortest": 1.725}
+    assert "2.14 (1.73 with codes as short as may be)" in text_of(page(record(bits_per_weight=bits)))
+
+
 def test_what_each_step_gained():
     plain = record()
     assert "What each step gained" in text_of(page(plain)) and "Tuning" not in text_of(page(plain))
