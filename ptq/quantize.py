@@ -9,7 +9,7 @@ from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe
+from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
     p.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: quantized/<model>-w2g128-gptq)")
     grid = p.add_argument_group("grid: what values a weight may have")
-    grid.add_argument("--bits", type=bits, metavar="N", default=defaults.bits,
+    grid.add_argument("--bits", type=width, metavar="N", default=defaults.bits,
                       help="bits of a weight, 1, 1.58 (-s, 0, s), 2, 3, 4 or 8 (default: 2)")  # fmt: skip
     grid.add_argument(
         "--group",
@@ -98,11 +98,6 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
-
-
-def bits(text: str) -> float:
-    """Bits of a weight from a command line: whole, but for 1.58."""
-    return float(text) if "." in text else int(text)
 
 
 def main(argv=None):

@@ -131,7 +131,7 @@ def test_each_of_codes_and_scales_is_trained(tiny):
 def test_a_loss_that_is_not_finite_gives_back_the_start(tiny):
     one = OneBlock(tiny("llama"))
     _, _, trained, stopped = one.train(damage=torch.nan)
-    assert stopped == "the loss is nan at epoch 1 of reconstruction"
+    assert stopped == "the loss is nan at epoch 1, step 1 of reconstruction"
     assert all(torch.equal(trained[name].codes, qt.codes) for name, qt in one.train(reconstruct_epochs=0)[2].items())
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_diverges_keeps_the_block_and_goes_on(tiny, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(ptq.blockwise, "reconstruct", diverging)
-        with pytest.raises(TrainingStopped, match="model.layers.0: the loss is nan at epoch 1 of reconstruction"):
+        with pytest.raises(TrainingStopped, match="model.layers.0: the loss is nan at epoch 1, step 1 of"):
             Walked(tiny("llama"), tmp_path / "out")
     resumed = Walked(tiny("llama"), tmp_path / "out", resume=True)
     stopped = [["stopped" in entry for entry in report.values()] for report in resumed.reports]

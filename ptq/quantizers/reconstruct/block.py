@@ -63,14 +63,15 @@ def reconstruct(
     steps = max(1, spec.reconstruct_epochs * len(batches))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for epoch in range(spec.reconstruct_epochs) if epochs is None else epochs:
-        for b in [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]:
+        for step, k in enumerate(torch.randperm(len(batches), generator=generator).tolist(), 1):
+            b = batches[k]
             with torch.enable_grad():
                 values = {name: linear.values().to(dtype) for name, linear in linears.items()}
                 parameters = {f"{name}.weight": W.T if transposed else W for name, W in values.items()}
                 out = run_block(block, inputs[b], arguments[b], parameters)
                 loss = F.mse_loss(out.float(), targets[b].float())
             if not isfinite(loss.item()):
-                return dict(start), f"the loss is {loss.item()} at epoch {epoch + 1} of reconstruction"
+                return dict(start), f"the loss is {loss.item()} at epoch {epoch + 1}, step {step} of reconstruction"
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
