@@ -35,6 +35,7 @@ POOL_CHARACTERS_PER_TOKEN = 48  # about ten times what the samples hold: windows
 DOCUMENT_CHARACTERS_PER_TOKEN = 256  # most documents of c4 are far too short for a window
 FIRST_GUESS_CHARACTERS_PER_TOKEN = 8
 CUT_TOKENS = 64  # the last tokens before a cut could differ from those of the uncut text
+HELD_BACK = 8  # every so many-th batch is left out of training
 ENCODE_DOCUMENTS = 32  # at a time: the tokenizer keeps some 100 bytes a token
 
 
@@ -338,3 +339,12 @@ def _sha256_of_texts(texts: Iterable[str]) -> str:
         digest.update(len(content).to_bytes(8, "little"))  # so that moving a border changes the hash
         digest.update(content)
     return digest.hexdigest()
+
+
+def hold_back(batches: int) -> tuple[list[int], list[int]]:
+    """Which of so many batches of calibration rows are trained on, and which tell whether that helped.
+
+    The same for every training of a run, so that what is held back was never trained on. A single batch is both.
+    """
+    held = list(range(0, batches, HELD_BACK)) if batches > 1 else [0]
+    return [b for b in range(batches) if b not in held] or held, held

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from calibration.capture import run_block
 from calibration.errors import InputError
 from calibration.store import ActivationStore
+from calibration.tokens import hold_back
 from ptq.export.shards import DTYPES
 from ptq.quantizers.omniquant.block import TrainedBlock, omniquant
 from ptq.quantizers.omniquant.transform import Heads, Transformation
@@ -146,21 +147,24 @@ class BlockReconstruction:
     def __init__(self, model, i: int, streams, spec):
         self.model, self.i, self.spec, self.streams = model, i, spec, streams
         self.block, self.arguments = model.blocks[i], streams.at(i)
-        self.energy = sum(float(x.float().square().mean()) for x in streams.full)
+        self.trained, self.held = hold_back(len(self.arguments))
 
-    def error(self, *, advance: bool) -> float:
-        """Squared error of the block's outputs as a share of the full-precision ones' squares.
+    def error(self) -> float:
+        """Squared error of the block's outputs, as a share of the full-precision ones' squares, on rows held back."""
+        error = energy = 0.0
+        for b in self.held:
+            wanted = self.streams.full[b].float()
+            error += float(F.mse_loss(self._run(b).float().cpu(), wanted))
+            energy += float(wanted.square().mean())
+        return error / max(energy, torch.finfo(torch.float32).tiny)
 
-        Args:
-            advance: Keep the outputs as the quantized stream.
-        """
-        total, inputs = 0.0, self.streams.quantized.on(self.model.device)
-        for b, arguments in enumerate(self.arguments):
-            out = run_block(self.block, inputs[b], arguments)
-            total += float(F.mse_loss(out.float().cpu(), self.streams.full[b].float()))
-            if advance:
-                self.streams.quantized[b] = out
-        return total / max(self.energy, torch.finfo(torch.float32).tiny)
+    def advance(self):
+        """Takes the quantized stream through the block."""
+        for b in range(len(self.arguments)):
+            self.streams.quantized[b] = self._run(b)
+
+    def _run(self, b):
+        return run_block(self.block, self.streams.quantized.on(self.model.device)[b], self.arguments[b])
 
     def train(self, solved, weights):
         """(linears by name, why training stopped or None) from solved linears and original weights by name."""
@@ -173,6 +177,7 @@ class BlockReconstruction:
             self.streams.full.on(device),
             self.arguments,
             self.spec,
+            batches=self.trained,
             generator=torch.Generator().manual_seed(self.spec.seed + 1000 * self.i),
             transposed=self.model.family.transposed,
             epochs=tqdm(epochs, desc=f"block {self.i}", unit="epoch", leave=False, disable=None),

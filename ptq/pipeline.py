@@ -236,6 +236,7 @@ def _sizes(job, after) -> dict:
             "before": 8 * sum(source.nbytes(name) for name in source.names()) / weights,
             "after": 8 * after["tensors"] / weights,
             "linears": 8 * after["linears"] / in_linears,
+            "shortest": 8 * after.get("shortest", after["linears"]) / in_linears,
         },
         "file_bytes": {"before": sum(path.stat().st_size for path in source.shards), "after": after["files"]},
     }

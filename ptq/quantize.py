@@ -9,7 +9,7 @@ from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe
+from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
     p.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: quantized/<model>-w2g128-gptq)")
     grid = p.add_argument_group("grid: what values a weight may have")
-    grid.add_argument("--bits", type=bits, metavar="N", default=defaults.bits,
+    grid.add_argument("--bits", type=width, metavar="N", default=defaults.bits,
                       help="bits of a weight, 1, 1.58 (-s, 0, s), 2, 3, 4 or 8 (default: 2)")  # fmt: skip
     grid.add_argument(
         "--group",
@@ -100,11 +100,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def bits(text: str) -> float:
-    """Bits of a weight from a command line: whole, but for 1.58."""
-    return float(text) if "." in text else int(text)
-
-
 def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
@@ -161,6 +156,7 @@ def summary(artefact: Artefact) -> str:
     rows += [
         ("bits per weight, everything", f"{bits['before']:.2f}", f"{bits['after']:.2f}"),
         ("bits per weight, quantized linears", "", f"{bits['linears']:.2f}"),
+        *_shortest(bits),
         ("file size", size_text(size["before"]), size_text(size["after"])),
         ("seconds", "", f"{report['seconds']['total']:.1f}"),
     ]
@@ -169,6 +165,12 @@ def summary(artefact: Artefact) -> str:
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
     return "\n".join([*lines, "", f"written: {artefact.folder}"])
+
+
+def _shortest(bits):
+    """What two or three values need, where the file's 2-bit words take more."""
+    if bits["shortest"] < bits["linears"]:
+        yield "the same, were codes as short as may be", "", f"{bits['shortest']:.2f}"
 
 
 if __name__ == "__main__":

@@ -164,6 +164,11 @@ EFFORTS = {
 }
 
 
+def width(text: str) -> float:
+    """Bits of a weight from a command line: whole, but for 1.58."""
+    return float(text) if "." in text else int(text)
+
+
 def omniquant_recipe(bits: int) -> dict:
     """The settings of OmniQuant's own weight-only recipes for Llama: asymmetric, and twice the epochs at 2 bits."""
     return {"sym": False, "epochs": 40 if bits == 2 else 20, "aug_loss": bits == 2}

@@ -174,16 +174,16 @@ class Walk:
         start, entries = ({name: pair[part] for name, pair in solved.items()} for part in (0, 1))
         training = BlockReconstruction(self.model, i, streams, self.spec)
         with self.clock.phase("forward"):
-            before = training.error(advance=False)
+            before = training.error()
         with self.clock.phase("reconstruct"):
             trained, stopped = training.train(start, weights)
         self._keep(i, names, [(trained[name], entries[name]) for name in names], tensors, report)
         with self.clock.phase("forward"):
-            after = reached = training.error(advance=False)
+            after = reached = training.error()
             if not after < before:
                 self._keep(i, names, solved.values(), tensors, report)
                 reached = before
-            training.error(advance=True)
+            training.advance()
         gained = {"block_error_solved": before, "block_error": reached} | ({"stopped": stopped} if stopped else {})
         for entry in report.values():
             entry |= gained

@@ -24,7 +24,7 @@ from ptq.console import run_command
 from ptq.demo import DEMO
 from ptq.evaluation.published.rows import SOURCES
 from ptq.measure import PROTOCOLS
-from ptq.spec import CHECKPOINT_FORMATS, METHODS
+from ptq.spec import CHECKPOINT_FORMATS, METHODS, width
 from ptq.workdir import write_atomically
 
 EXAMPLES = """examples:
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     grid = p.add_argument_group("grid; beside a preset these replace the preset's own")
     grid.add_argument("--models", nargs="+", metavar="DIR|HUB_ID", help="full-precision models")
     grid.add_argument("--methods", nargs="+", metavar="NAME", help=", ".join(METHODS) + " (default: all)")
-    grid.add_argument("--bits", nargs="+", type=int, metavar="N", help="(default: 2)")
+    grid.add_argument("--bits", nargs="+", type=width, metavar="N", help="(default: 2)")
     grid.add_argument("--groups", nargs="+", type=int, metavar="N", help="-1: whole rows (default: 128)")
     grid.add_argument("--formats", nargs="+", metavar="NAME", help=", ".join(CHECKPOINT_FORMATS))
     grid.add_argument("--types", nargs="+", metavar="TYPE", help="llama.cpp's, for format gguf (default: by --bits)")

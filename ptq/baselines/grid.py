@@ -106,7 +106,7 @@ class Cell:
 
     source: str
     method: str = FULL
-    bits: int = 16
+    bits: float = 16
     group: int = 0
     format: str = ""
     ggml_type: str = ""
@@ -141,7 +141,7 @@ class Cell:
         Raises:
             InputError: As QuantSpec.
         """
-        recipe = {"sym": not settings.asym or self.bits == 1}
+        recipe = {"sym": not settings.asym or self.bits < 2}
         if self.format == GGUF:  # the type decides bits, groups and symmetry
             return QuantSpec(method=self.method, checkpoint_format=GGUF, ggml_type=self.ggml_type, seed=settings.seed)
         if self.method == "omniquant":
@@ -166,7 +166,7 @@ class Grid:
 
     models: tuple[Model, ...]
     methods: tuple[str, ...] = METHODS
-    bits: tuple[int, ...] = (2,)
+    bits: tuple[float, ...] = (2,)
     groups: tuple[int, ...] = (128,)
     formats: tuple[str, ...] = CHECKPOINT_FORMATS[:1]
     types: tuple[str, ...] = ()

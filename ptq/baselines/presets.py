@@ -37,7 +37,7 @@ PRESETS = {
         tasks="qat",
     ),
     "onebit": Preset(
-        grids=(Grid((UNNAMED,), bits=(2, 1), groups=(-1, 128)),),
+        grids=(Grid((UNNAMED,), bits=(2, 1.58, 1), groups=(-1, 128)),),
         sources=("onebit",),
         settings=Settings(protocol="lm-eval"),
         tasks="onebit",

@@ -1,6 +1,7 @@
 """GPTQ folders: checks before the walk, writing, reading back, sizes, and who loads them."""
 
 from collections import defaultdict
+from math import log2
 
 from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
@@ -8,6 +9,7 @@ from ptq.export.gptq import check_bits, check_packable, write_gptq
 from ptq.export.gptq_tensors import GptqCodec
 from ptq.export.runtimes import Runtime, runtimes
 from ptq.export.shards import tensor_bytes
+from ptq.grids.affine import level_count
 from ptq.qtensor import digest
 from ptq.reload import GptqCheckpoint
 
@@ -86,12 +88,17 @@ class GptqFormat:
                     raise OSError(f"{packed.folder}: {name} reads back different from what was written")
 
     def sizes(self, packed: GptqCheckpoint, linears) -> dict:
-        """Bytes of all tensors, of the quantized linears, and of the files."""
+        """Bytes of all tensors, of the quantized linears, of those with codes as short as may be, and of the files."""
         stored = packed.packed
-        parts = [f"{linear}.{part}" for linear in linears for part in ("qweight", "qzeros", "scales")]
+        codes, rest = (
+            sum(stored.nbytes(f"{linear}.{part}") for linear in linears for part in parts)
+            for parts in (("qweight",), ("qzeros", "scales"))
+        )
+        weights = sum(outputs * inputs for outputs, inputs in linears.values())
         return {
             "tensors": sum(stored.nbytes(name) for name in stored.names()),
-            "linears": sum(stored.nbytes(name) for name in parts),
+            "linears": codes + rest,
+            "shortest": weights * log2(level_count(self.spec.bits)) / 8 + rest,
             "files": sum(path.stat().st_size for path in stored.shards),
         }
 

@@ -66,7 +66,7 @@ def _facts(report):
         before, after = (perplexity[when]["perplexity"] for when in ("before", "after"))
         facts.append((f"perplexity, {perplexity['text']}", f"{before:.4g} → {after:.4g}"))
     facts += [
-        ("bits per weight, linears", f"{bits['linears']:.2f}"),
+        ("bits per weight, linears", f"{bits['linears']:.2f}{_shortest(bits)}"),
         ("bits per weight, everything", f"{bits['before']:.2f} → {bits['after']:.2f}"),
         ("file", f"{size_text(size['before'])} → {size_text(size['after'])}"),
         ("seconds" + (", since resumed" if report["resumed"] else ""), f"{report['seconds']['total']:.0f}"),
@@ -74,6 +74,12 @@ def _facts(report):
     ]
     return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts),
                    class_="facts")  # fmt: skip
+
+
+def _shortest(bits):
+    """What two or three values need, where the file's 2-bit words take more."""
+    shortest = bits.get("shortest", bits["linears"])
+    return f" ({shortest:.2f} with codes as short as may be)" if shortest < bits["linears"] else ""
 
 
 def _perplexity(report):

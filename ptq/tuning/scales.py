@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from calibration.errors import TrainingStopped
+from calibration.tokens import hold_back
 from ptq.clock import Clock
 from ptq.evaluation.stream import batches_of
 from ptq.qtensor import digest
@@ -19,7 +20,6 @@ from ptq.tuning.student import StreamedStudent, Text
 from ptq.workdir import WorkFolder
 
 STEPS = 16  # of an epoch, at most: each loads every block twice
-HELD_BACK = 8  # every so many-th batch is left out of training
 WARM_UP = 5  # steps in which the learning rate rises
 PATIENCE = 2  # epochs without gain after which tuning ends
 
@@ -66,9 +66,7 @@ class ScaleTuning:
 
     def _train(self, student: StreamedStudent, text: Text) -> dict:
         """Leaves the factors at their best; the report."""
-        count = len(text.embedded)
-        held = list(range(0, count, HELD_BACK)) if count > 1 else [0]
-        trained = [b for b in range(count) if b not in held] or held
+        trained, held = hold_back(len(text.embedded))
         size = -(-len(trained) // STEPS)
         leaves = [factor for factors in student.factors for factor in factors.values()]
         optimizer = torch.optim.Adam(leaves, lr=self.spec.tune_lr, fused=True)

@@ -164,7 +164,7 @@ FLAGS = {
     "--bits 0": "bits 0 is none of 1, 1.58, 2, 3",
     "--bits 5": "bits 5: GPTQ files hold weights of 2, 3, 4 or 8 bits",
     "--bits 9": "bits 9 is none of 1, 1.58, 2, 3",
-    "--bits x": "argument --bits: invalid bits value: 'x'",
+    "--bits x": "argument --bits: invalid width value: 'x'",
     "--bits 1 --asym": "bits 1 has only the symmetric grid of 2 values",
     "--bits 1.58 --asym": "bits 1.58 has only the symmetric grid of 3 values",
     "--bits 1.5": "bits 1.5 is none of 1, 1.58, 2, 3",

@@ -177,14 +177,16 @@ def test_report(finished):
     report = read_report(finished.out)
     spec = report["identity"]["spec"]
     flags = finished.flags.split()
-    assert spec["bits"] == int(flags[1]) and spec["group_size"] == int(flags[3])
+    assert spec["bits"] == float(flags[1]) and spec["group_size"] == int(flags[3])
     assert spec["sym"] == ("--asym" not in flags) and spec["desc_act"] == ("--act-order" in flags)
     calibration = report["identity"]["calibration"]
     assert calibration["samples"] == 6 and calibration["seqlen"] == 48 and len(calibration["fingerprint"]) == 64
     assert {"calibration", "forward", "hessian", "solve", "write", "verify", "total"} <= set(report["seconds"])
     assert report["peak_memory_bytes"]["resident"] > 1e8
     before, after = report["bits_per_weight"]["before"], report["bits_per_weight"]["after"]
-    assert before > after > report["bits_per_weight"]["linears"] > spec["bits"]
+    linears, shortest = report["bits_per_weight"]["linears"], report["bits_per_weight"]["shortest"]
+    assert before > after > linears >= shortest > spec["bits"]
+    assert (shortest < linears) == (spec["bits"] < 2)
     shards = finished.out.glob("*.safetensors")
     assert report["file_bytes"]["after"] == sum(shard.stat().st_size for shard in shards)
     for entry in report["linears"].values():

@@ -64,7 +64,8 @@ def read_without_wrap(tensors, bits, v1):
 
 
 def random_codes(rows, columns, bits, seed=0):
-    return torch.randint(round(2**bits), (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(round(2**bits), (rows, columns), generator=generator, dtype=torch.uint8)
 
 
 def random_tensor(bits, group_size=32, O=32, I=96, seed=0, zero=None, shuffle=False):

@@ -12,7 +12,7 @@ from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 
-AFFINE = [AffineGrid(1, True), AffineGrid(TERNARY, True), AffineGrid(2, True), AffineGrid(3, False), AffineGrid(8, False)]
+AFFINE = [AffineGrid(bits, sym) for bits, sym in ((1, True), (TERNARY, True), (2, True), (3, False), (8, False))]
 BLOCKS = [BLOCK_GRIDS[name] for name in ("Q4_0", "Q4_1", "IQ4_NL", "Q2_0", "Q1_0", "Q2_K", "Q3_K", "IQ4_XS")]
 WIDE = 512
 

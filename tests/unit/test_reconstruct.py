@@ -10,6 +10,7 @@ import ptq.blockwise
 import ptq.walk
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
+from calibration.tokens import hold_back
 from ptq import QuantSpec, quantize
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
@@ -22,6 +23,7 @@ from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
+SAME = TOKENS[:1].expand(4, -1).contiguous()  # what is held back is what is trained on, so that gains are certain
 SPEC = QuantSpec(bits=2, group_size=32, reconstruct_epochs=4, code_lr=0.05)
 
 
@@ -44,15 +46,16 @@ class OneBlock:
         self.inputs, self.arguments = [hidden for hidden, _ in embedded], [of_batch[0] for _, of_batch in embedded]
 
     @torch.no_grad()
-    def train(self, *, damage=1.0, **options):
+    def train(self, *, damage=1.0, batches=range(4), **options):
         """(error before, error after, the linears after, why it stopped)."""
         with self.model.block(0) as block:
             weights = {name: self.model.weight(0, name).clone() for name in self.model.family.linears}
             start = {name: rtn(W, self.spec) for name, W in weights.items()}
-            targets = [run_block(block, x, a) * damage for x, a in zip(self.inputs, self.arguments, strict=True)]
+            targets = [run_block(block, x, a) for x, a in zip(self.inputs, self.arguments, strict=True)]
+            targets[0] = targets[0] * damage
             trained, stopped = reconstruct(
                 block, start, weights, self.inputs, targets, self.arguments, replace(self.spec, **options),
-                generator=torch.Generator().manual_seed(0), transposed=self.model.family.transposed,
+                batches=batches, generator=torch.Generator().manual_seed(0), transposed=self.model.family.transposed,
             )  # fmt: skip
             return *(self._error(block, each, targets) for each in (start, trained)), trained, stopped
 
@@ -128,8 +131,18 @@ def test_each_of_codes_and_scales_is_trained(tiny):
 def test_a_loss_that_is_not_finite_gives_back_the_start(tiny):
     one = OneBlock(tiny("llama"))
     _, _, trained, stopped = one.train(damage=torch.nan)
-    assert stopped == "the loss is nan at epoch 1 of reconstruction"
+    assert stopped == "the loss is nan at epoch 1, step 1 of reconstruction"
     assert all(torch.equal(trained[name].codes, qt.codes) for name, qt in one.train(reconstruct_epochs=0)[2].items())
+
+
+def test_what_is_held_back_is_not_trained_on(tiny):
+    trained, held = hold_back(4)
+    assert (trained, held) == ([1, 2, 3], [0]) and hold_back(1) == ([0], [0])
+    assert sorted(sum(hold_back(20), [])) == list(range(20)) and hold_back(20)[1] == [0, 8, 16]
+    one = OneBlock(tiny("llama"))
+    first, second = (one.train(damage=damage, batches=trained) for damage in (1.0, torch.nan))
+    assert second[3] is None
+    assert all(torch.equal(first[2][name].codes, qt.codes) for name, qt in second[2].items())
 
 
 class Walked:
@@ -149,7 +162,7 @@ class Walked:
             save = work.save_block
             work.save_block = lambda i, *args: (save(i, *args), interrupt() if i == stop_after else None)
         try:
-            walk.run(TOKENS)
+            walk.run(SAME)
         finally:
             self.files = {path.name: path.read_bytes() for path in sorted(work.folder.glob("block-*"))}
             self.reports = [work.report(i) for i in range(len(self.files))]
@@ -194,7 +207,7 @@ def test_a_run_that_diverges_keeps_the_block_and_goes_on(tiny, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(ptq.blockwise, "reconstruct", diverging)
-        with pytest.raises(TrainingStopped, match="model.layers.0: the loss is nan at epoch 1 of reconstruction"):
+        with pytest.raises(TrainingStopped, match="model.layers.0: the loss is nan at epoch 1, step 1 of"):
             Walked(tiny("llama"), tmp_path / "out")
     resumed = Walked(tiny("llama"), tmp_path / "out", resume=True)
     stopped = [["stopped" in entry for entry in report.values()] for report in resumed.reports]

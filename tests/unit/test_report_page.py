@@ -90,12 +90,19 @@ def test_what_a_run_did_not_keep_is_left_out():
     assert "linear's squared weights that is lost" in text_of(text)
 
 
+def test_bits_of_codes_as_short_as_may_be():
+    assert "as short as" not in text_of(page(record()))
+    bits = {"before": 16.0, "after": 2.5, "linears": 2.14, "shortest": 1.725}
+    assert "2.14 (1.73 with codes as short as may be)" in text_of(page(record(bits_per_weight=bits)))
+
+
 def test_what_each_step_gained():
     plain = record()
     assert "What each step gained" in text_of(page(plain)) and "Tuning" not in text_of(page(plain))
     assert "reconstructed" not in text_of(page(plain))
     linears = {
-        name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234} for name, entry in plain["linears"].items()
+        name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234}
+        for name, entry in plain["linears"].items()
     }
     tuned = {"kl_before": 0.5, "kl_after": 0.375, "kl_epochs": [0.4375, 0.375]}
     text = page(plain | {"linears": linears, "tuning": tuned})

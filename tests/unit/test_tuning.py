@@ -99,7 +99,9 @@ def test_the_streamed_gradient_is_that_of_the_whole_model(model_type, budget, ti
     tuned.work.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 1, "group_size": 48}, {"bits": 1.58}, {"sym": False, "bits": 3, "tune_lr": 3e-3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 1, "group_size": 48}, {"bits": 1.58}, {"sym": False, "bits": 3, "tune_lr": 3e-3}]
+)
 def test_tuning_lowers_the_divergence_and_touches_scales_alone(options, tiny, tmp_path):
     tuned = Tuned(tiny("llama"), tmp_path / "out", replace(SPEC, **options))
     before = tuned.tensors()

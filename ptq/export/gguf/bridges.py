@@ -17,9 +17,11 @@ from ptq.grids.blocks.levels import half
 from ptq.grids.blocks.single import RampGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
 
-SYMMETRIC = {1: "Q1_0", TERNARY: "Q2_0", 2: "Q2_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
+SYMMETRIC = {
+    1: "Q1_0", TERNARY: "Q2_0", 2: "Q2_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0",
+}  # fmt: skip
 ASYMMETRIC = {2: "Q4_0", 3: "Q4_0", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
-EXACT = "Q1_0", "Q2_0", "TQ2_0", "TQ1_0", "Q4_0", "Q5_0", "Q8_0"  # types with one scale a block, in the order of preference
+EXACT = "Q1_0", "Q2_0", "TQ2_0", "TQ1_0", "Q4_0", "Q5_0", "Q8_0"  # one scale a block; in the order of preference
 RAMPS = "Q4_1", "Q5_1"
 
 

@@ -29,6 +29,7 @@ def reconstruct(
     arguments: Sequence[tuple],
     spec,
     *,
+    batches: Sequence[int],
     generator: torch.Generator,
     transposed: bool = False,
     epochs: Iterable[int] | None = None,
@@ -43,7 +44,8 @@ def reconstruct(
         targets: What the block should give for them, of the same shapes.
         arguments: The block's other arguments for each batch.
         spec: QuantSpec: reconstruct_epochs, code_lr, scale_lr.
-        generator: Draws the order of batches.
+        batches: Those to train on.
+        generator: Draws their order.
         transposed: The block's linears hold (I, O) weights.
         epochs: range(spec.reconstruct_epochs), perhaps wrapped in a progress bar.
 
@@ -58,17 +60,18 @@ def reconstruct(
         {"params": [linear.position for linear in linears.values()], "lr": spec.code_lr},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    steps = max(1, spec.reconstruct_epochs * len(inputs))
+    steps = max(1, spec.reconstruct_epochs * len(batches))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for epoch in range(spec.reconstruct_epochs) if epochs is None else epochs:
-        for b in torch.randperm(len(inputs), generator=generator).tolist():
+        for step, k in enumerate(torch.randperm(len(batches), generator=generator).tolist(), 1):
+            b = batches[k]
             with torch.enable_grad():
                 values = {name: linear.values().to(dtype) for name, linear in linears.items()}
                 parameters = {f"{name}.weight": W.T if transposed else W for name, W in values.items()}
                 out = run_block(block, inputs[b], arguments[b], parameters)
                 loss = F.mse_loss(out.float(), targets[b].float())
             if not isfinite(loss.item()):
-                return dict(start), f"the loss is {loss.item()} at epoch {epoch + 1} of reconstruction"
+                return dict(start), f"the loss is {loss.item()} at epoch {epoch + 1}, step {step} of reconstruction"
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
