@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from made_up import RESULT
 from pages import faults, text_of
 
 from calibration.errors import InputError
@@ -19,17 +20,6 @@ from ptq.baselines.sections import build_sections
 from ptq.baselines.tables import figure_text, long_csv, markdown
 from ptq.evaluation.published.doubts import find_doubts
 from ptq.evaluation.published.rows import SOURCES, published_rows
-
-RESULT = {
-    "figures": [{"task": "wikitext2", "metric": "perplexity", "value": 5.472, "stderr": 0.03, "questions": 9},
-                {"task": "piqa", "metric": "acc", "value": 0.78, "stderr": 0.01, "questions": 9}],
-    "bits_per_weight": {"before": 16, "after": 2.6, "linears": 2.14},
-    "file_bytes": {"before": 1, "after": 2**31},
-    "peak_memory_bytes": {"resident": 2_000_000_000},
-    "seconds": 90.0,
-    "resumed": False,
-    "calibration": {"source": "c4", "samples": 128, "seqlen": 2048},
-}  # fmt: skip
 
 
 def sections(name, *, stand_in=False, result=None):
@@ -151,6 +141,11 @@ def test_a_divergence_is_printed_to_its_own_digits():
     texts = {label: figure_text(figure) for label, figure in row.figures.items()}
     assert texts == {"c4 KL divergence, nats": "0.0123 ± 0.000123", "c4 same token, %": "93.46", "file, GiB": "2"}
     assert labels([row]) == (list(texts), [])
+
+
+def test_files_go_by_their_last_part_unless_two_share_it():
+    settings = Settings(texts=("a/x.txt", "b/x.txt", "c/y.txt", "c4"))
+    assert [settings.label(text) for text in settings.texts] == ["a/x.txt", "b/x.txt", "y.txt", "c4"]
 
 
 def test_folders_of_one_name_have_cells_of_their_own(tmp_path):
