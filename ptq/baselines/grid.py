@@ -99,7 +99,8 @@ class Settings:
             else f" Tasks: {self.tasks}{'' if self.limit is None else f', {self.limit} questions each'}."
         )
         return (
-            f"Measured: perplexity by protocol {self.protocol} on {', '.join(map(self.label, self.texts))}, {length}{tokens};"
+            f"Measured: perplexity by protocol {self.protocol} on {', '.join(map(self.label, self.texts))},"
+            f" {length}{tokens};"
             f" calibrated on {self.samples} rows of {Path(self.calibration).name};"
             f" {'a' if self.asym else ''}symmetric grids.{tasks}"
         )

@@ -180,12 +180,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "--samples 0 must be" in refused(capsys, "--models", "m", "--samples", "0")
     assert "--tasks names no task" in refused(capsys, "--models", "m", "--tasks")
     assert "takes whole documents" in refused(capsys, "--preset", "onebit", "--max-tokens", "9")
+    assert "./m: there is no such folder" in refused(capsys, "--models", "./m")
+    assert "/no/m: there is no such folder" in refused(capsys, "--preset", "onebit", "--stand-in", "/no/m")
+    assert "no.txt: no such file" in refused(capsys, "--models", "m", "--texts", "no.txt")
+    assert "no.npy: no such file" in refused(capsys, "--models", "m", "--calibration", "no.npy")
+    assert "--data-dir no: there is no such" in refused(capsys, "--models", "m", "--tasks", "piqa", "--data-dir", "no")
+    assert "device 'tpu'" in refused(capsys, "--models", "m", "--device", "tpu")
     assert "no.toml" in refused(capsys, "--config", "no.toml")
     (tmp_path / "g.toml").write_text("bits = [")
     assert "g.toml: not TOML" in refused(capsys, "--config", "g.toml")
     (tmp_path / "g.toml").write_text('color = "red"')
     assert "'color' is no flag" in refused(capsys, "--config", "g.toml")
-    assert not (tmp_path / "out" / "cells").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_fills_a_folder(tmp_path, monkeypatch, capsys):

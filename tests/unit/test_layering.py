@@ -15,8 +15,8 @@ LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.spec", "calibration"),
     "ptq.evaluate": ("ptq.measure", "ptq.defaults", "ptq.console", "ptq.evaluation", "calibration"),
     "ptq.baselines.__main__": (
-        "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
-        "calibration",
+        "ptq.baselines", "ptq.console", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec",
+        "ptq.workdir", "calibration",
     ),
     "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", "ptq.console", "ptq.spec", "calibration"),
     "ptq.report.__main__": (
