@@ -220,6 +220,8 @@ def test_flags_from_a_file_and_over_it(tmp_path):
 def test_a_method_without_the_width_is_refused_by_its_cell():
     with pytest.raises(InputError, match="bits 9"):
         Cell("m", "gptq", 9, 128, "gptq").spec(Settings())
+    with pytest.raises(InputError, match="omniquant needs 2 bits or more"):
+        Cell("m", "omniquant", 1, 128, "gptq").spec(Settings())
 
 
 def test_sources_of_presets_are_sources():
