@@ -171,4 +171,4 @@ def width(text: str) -> float:
 
 def omniquant_recipe(bits: int) -> dict:
     """The settings of OmniQuant's own weight-only recipes for Llama: asymmetric, and twice the epochs at 2 bits."""
-    return {"sym": False, "epochs": 40 if bits == 2 else 20, "aug_loss": bits == 2}
+    return {"sym": bits == 1, "epochs": 40 if bits == 2 else 20, "aug_loss": bits == 2}

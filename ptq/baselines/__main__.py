@@ -11,7 +11,9 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+from calibration.corpora import find_corpus
 from calibration.errors import InputError
+from calibration.tokens import is_token_file
 from ptq.baselines.cells import run_cell
 from ptq.baselines.grid import Cell, Grid, Model, Settings, in_order_of_cost
 from ptq.baselines.page import page
@@ -21,8 +23,10 @@ from ptq.baselines.rows import measured_row
 from ptq.baselines.sections import build_sections
 from ptq.baselines.tables import long_csv, markdown
 from ptq.console import run_command
+from ptq.defaults import choose_device
 from ptq.demo import DEMO
 from ptq.evaluation.published.rows import SOURCES
+from ptq.evaluation.tasks import choose_tasks
 from ptq.measure import PROTOCOLS
 from ptq.spec import CHECKPOINT_FORMATS, METHODS, width
 from ptq.workdir import write_atomically
@@ -40,6 +44,7 @@ cells that failed are tried again.
 """
 AXES = ("methods", "bits", "groups", "formats", "types")
 DEMO_NAME, OWN_TASKS = "demo", ""
+PATH_STARTS = ("/", "./", "../", "~")  # no hub id begins so
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,6 +95,7 @@ def _baselines(args):
         args = _under(args, parser().parse_args(["--out", str(args.out), *_config_flags(args.config)]))
     grids, settings, sources = _grids(args), _settings(args), _sources(args)
     cells = in_order_of_cost(grids)
+    _check_names(cells, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "lock", "a+") as lock:
         _take(lock, args.out)
@@ -181,6 +187,21 @@ def _sources(args) -> tuple[str, ...]:
         if source not in SOURCES:
             raise InputError(f"--published {source}: is not one of {', '.join(SOURCES)}")
     return tuple(args.published)
+
+
+def _check_names(cells, settings):
+    """Refuses at once what would fail in every cell."""
+    for source in dict.fromkeys(cell.source for cell in cells):
+        if Path(source).is_file() or (source.startswith(PATH_STARTS) and not Path(source).expanduser().is_dir()):
+            raise InputError(f"{source}: there is no such folder; a model is a folder or a hub id")
+    for text in (*settings.texts, settings.calibration):
+        if not is_token_file(text):
+            find_corpus(text)
+        elif not Path(text).is_file():
+            raise InputError(f"{text}: no such file")
+    choose_device(settings.device)
+    if settings.tasks is not None:
+        choose_tasks(settings.tasks, None if settings.data_dir is None else Path(settings.data_dir))
 
 
 def _take(lock, out):

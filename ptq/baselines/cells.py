@@ -130,25 +130,25 @@ def _of_texts(cell, path, settings) -> list[Score]:
 
 
 def _of_windows(model, reference, text, settings) -> list[Score]:
-    cut = {"seqlen": settings.seqlen, "max_tokens": settings.max_tokens}
+    name, cut = settings.label(text), {"seqlen": settings.seqlen, "max_tokens": settings.max_tokens}
     windows, skip = protocol_windows(model, text, settings.protocol, **cut)
     with tempfile.TemporaryDirectory(prefix="ptq-") as folder:
         spill = {"spill": Path(folder), "budget": default_budget()}
         if reference is None:
             found = measure_perplexity(model, windows, skip=skip, **spill)
-            return [Score(text, "perplexity", found.perplexity, found.stderr, found.tokens)]
+            return [Score(name, "perplexity", found.perplexity, found.stderr, found.tokens)]
         far = measure_divergence(model, reference, windows, skip=skip, **spill)
     return [
-        Score(text, "perplexity", far.model.perplexity, far.model.stderr, far.tokens),
-        Score(text, KL, far.kl, far.kl_stderr, far.tokens),
-        Score(text, SAME, far.same_top, None, far.tokens),
+        Score(name, "perplexity", far.model.perplexity, far.model.stderr, far.tokens),
+        Score(name, KL, far.kl, far.kl_stderr, far.tokens),
+        Score(name, SAME, far.same_top, None, far.tokens),
     ]
 
 
 def _of_documents(path, text, settings, how) -> list[Score]:
     """The harness calls every text wikitext; only its own keeps the name."""
     scores = task_scores(path, whole_documents(text, _data_dir(settings)), **how)
-    return scores if text == "wikitext2" else [replace(score, task=text) for score in scores]
+    return scores if text == "wikitext2" else [replace(score, task=settings.label(text)) for score in scores]
 
 
 def _data_dir(settings) -> Path | None:

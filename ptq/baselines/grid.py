@@ -84,6 +84,11 @@ class Settings:
         """Plain values, for JSON."""
         return asdict(self) | {"texts": list(self.texts)}
 
+    def label(self, text: str) -> str:
+        """A text's name in a table: of a file its last part, unless two files share it."""
+        names = [Path(each).name for each in self.texts]
+        return Path(text).name if names.count(Path(text).name) == 1 else text
+
     def in_words(self) -> str:
         """One sentence for the head of a table."""
         length = "usual windows" if self.seqlen is None else f"windows of {self.seqlen}"
@@ -94,8 +99,9 @@ class Settings:
             else f" Tasks: {self.tasks}{'' if self.limit is None else f', {self.limit} questions each'}."
         )
         return (
-            f"Measured: perplexity by protocol {self.protocol} on {', '.join(self.texts)}, {length}{tokens};"
-            f" calibrated on {self.samples} rows of {self.calibration};"
+            f"Measured: perplexity by protocol {self.protocol} on {', '.join(map(self.label, self.texts))},"
+            f" {length}{tokens};"
+            f" calibrated on {self.samples} rows of {Path(self.calibration).name};"
             f" {'a' if self.asym else ''}symmetric grids.{tasks}"
         )
 

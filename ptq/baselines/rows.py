@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ptq.baselines.grid import FULL, Cell
 
@@ -135,7 +136,7 @@ def _minutes(seconds, resumed):
 
 
 def _text_of(calibration):
-    return f"{calibration['source']}, {calibration['samples']} x {calibration['seqlen']}"
+    return f"{Path(calibration['source']).name}, {calibration['samples']} x {calibration['seqlen']}"
 
 
 def labels(rows: Iterable[Row]) -> tuple[list[str], list[str]]:

@@ -1,8 +1,8 @@
 """python -m ptq.demo.bigcode OUT: a small GPTBigCode, StarCoder's architecture, made and trained on the spot.
 
 It stands in where the real model cannot be had: one key-value head, learned positions, biases everywhere and a tied
-head, as in StarCoderBase, a thousandth of its size. Half a minute of training on the running Python's library makes it
-good enough to be hurt by quantization; what it writes is not code.
+head, as in StarCoderBase, a thousandth of its size. Half a minute of training on the running Python's library takes it
+to a perplexity near 200: it shows that every step works, and says little about what quantization costs.
 """
 
 import argparse

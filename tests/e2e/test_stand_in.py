@@ -1,4 +1,4 @@
-"""The small GPTBigCode that notebooks run on: made whole or not at all, in the real one's architecture and tokenizer."""
+"""The small GPTBigCode that notebooks run on: whole or not at all, the real architecture, the real tokenizer."""
 
 import json
 

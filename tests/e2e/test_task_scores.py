@@ -14,6 +14,7 @@ from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptq import evaluate, quantize
+from ptq.convert import convert
 from ptq.demo import DEMO
 from ptq.evaluation import harness
 from ptq.evaluation.answers import AnswerStore
@@ -100,6 +101,17 @@ def test_a_packed_folder_scores_what_its_dequantized_weights_score(here):
     plain.load_state_dict(packed.read(packed.names()), strict=False)
     after = ours(plain, AutoTokenizer.from_pretrained("model"), ("arc_easy", "hellaswag"), here / "questions")
     assert scores == after != before
+
+
+def test_a_folder_and_its_gguf_twin_score_alike(here):
+    """The same values in two files: every score and error equal, not close."""
+    quantize.main("--bits 4 --group 32 --model model --calibration c.npy --heldout none --out four".split())
+    assert convert(here / "four", here / "four.gguf", embed_type="F32") == {"Q4_0": 14}
+    folder, twin = load_model("four"), load_model("four.gguf")
+    assert all(torch.equal(a, b) for a, b in zip(folder.model.parameters(), twin.model.parameters(), strict=True))
+    names, data = ("arc_easy", "hellaswag"), here / "questions"
+    scores = [ours(loaded.model, loaded.tokenizer, names, data) for loaded in (folder, twin)]
+    assert scores[0] == scores[1] and len(scores[0]) == 4
 
 
 def evaluate_json(capsys, *flags):

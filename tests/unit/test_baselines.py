@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from made_up import RESULT
 from pages import faults, text_of
 
 from calibration.errors import InputError
@@ -19,17 +20,6 @@ from ptq.baselines.sections import build_sections
 from ptq.baselines.tables import figure_text, long_csv, markdown
 from ptq.evaluation.published.doubts import find_doubts
 from ptq.evaluation.published.rows import SOURCES, published_rows
-
-RESULT = {
-    "figures": [{"task": "wikitext2", "metric": "perplexity", "value": 5.472, "stderr": 0.03, "questions": 9},
-                {"task": "piqa", "metric": "acc", "value": 0.78, "stderr": 0.01, "questions": 9}],
-    "bits_per_weight": {"before": 16, "after": 2.6, "linears": 2.14},
-    "file_bytes": {"before": 1, "after": 2**31},
-    "peak_memory_bytes": {"resident": 2_000_000_000},
-    "seconds": 90.0,
-    "resumed": False,
-    "calibration": {"source": "c4", "samples": 128, "seqlen": 2048},
-}  # fmt: skip
 
 
 def sections(name, *, stand_in=False, result=None):
@@ -153,6 +143,11 @@ def test_a_divergence_is_printed_to_its_own_digits():
     assert labels([row]) == (list(texts), [])
 
 
+def test_files_go_by_their_last_part_unless_two_share_it():
+    settings = Settings(texts=("a/x.txt", "b/x.txt", "c/y.txt", "c4"))
+    assert [settings.label(text) for text in settings.texts] == ["a/x.txt", "b/x.txt", "y.txt", "c4"]
+
+
 def test_folders_of_one_name_have_cells_of_their_own(tmp_path):
     for place in ("a", "b"):
         (tmp_path / place / "model").mkdir(parents=True)
@@ -185,12 +180,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     assert "--samples 0 must be" in refused(capsys, "--models", "m", "--samples", "0")
     assert "--tasks names no task" in refused(capsys, "--models", "m", "--tasks")
     assert "takes whole documents" in refused(capsys, "--preset", "onebit", "--max-tokens", "9")
+    assert "./m: there is no such folder" in refused(capsys, "--models", "./m")
+    assert "/no/m: there is no such folder" in refused(capsys, "--preset", "onebit", "--stand-in", "/no/m")
+    assert "no.txt: no such file" in refused(capsys, "--models", "m", "--texts", "no.txt")
+    assert "no.npy: no such file" in refused(capsys, "--models", "m", "--calibration", "no.npy")
+    assert "--data-dir no: there is no such" in refused(capsys, "--models", "m", "--tasks", "piqa", "--data-dir", "no")
+    assert "device 'tpu'" in refused(capsys, "--models", "m", "--device", "tpu")
     assert "no.toml" in refused(capsys, "--config", "no.toml")
     (tmp_path / "g.toml").write_text("bits = [")
     assert "g.toml: not TOML" in refused(capsys, "--config", "g.toml")
     (tmp_path / "g.toml").write_text('color = "red"')
     assert "'color' is no flag" in refused(capsys, "--config", "g.toml")
-    assert not (tmp_path / "out" / "cells").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_fills_a_folder(tmp_path, monkeypatch, capsys):
@@ -219,6 +220,8 @@ def test_flags_from_a_file_and_over_it(tmp_path):
 def test_a_method_without_the_width_is_refused_by_its_cell():
     with pytest.raises(InputError, match="bits 9"):
         Cell("m", "gptq", 9, 128, "gptq").spec(Settings())
+    with pytest.raises(InputError, match="omniquant needs 2 bits or more"):
+        Cell("m", "omniquant", 1, 128, "gptq").spec(Settings())
 
 
 def test_sources_of_presets_are_sources():

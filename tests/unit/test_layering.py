@@ -15,8 +15,8 @@ LAYERS = {
     "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.spec", "calibration"),
     "ptq.evaluate": ("ptq.measure", "ptq.defaults", "ptq.console", "ptq.evaluation", "calibration"),
     "ptq.baselines.__main__": (
-        "ptq.baselines", "ptq.console", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec", "ptq.workdir",
-        "calibration",
+        "ptq.baselines", "ptq.console", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec",
+        "ptq.workdir", "calibration",
     ),
     "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", "ptq.console", "ptq.spec", "calibration"),
     "ptq.report.__main__": (
@@ -35,8 +35,9 @@ LAYERS = {
     ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.pipeline": (
-        "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.formats",
-        "ptq.load", "ptq.memory", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning", "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation",
+        "ptq.formats", "ptq.load", "ptq.memory", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning",
+        "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
