@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": command lines print it as one line and exit with status 2."""
+"""Exceptions that command lines print as one line: InputError, "the user can fix this", and a rank that was lost."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class TrainingStopped(InputError):
     """Training broke off in one block; that block's best state and all blocks before it are kept for --resume."""
+
+
+class RankLost(RuntimeError):
+    """Another process of the same run has ended; finished blocks are kept for --resume."""

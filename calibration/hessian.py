@@ -1,27 +1,52 @@
 """The second moment of a stage's inputs, streamed: H = 2/n X^T X, and G = 2/n X_full^T X.
 
 X holds the inputs that the quantized model delivers, X_full those of the full-precision model (one token a row).
-The factor 2 and the mean do not change any code, only the printed loss. Legend: I inputs, T tokens.
+The factor 2 and the mean do not change any code, only the printed loss. Products of a batch are fp32, sums over batches
+fp64: wide enough to be exact for fp32 numbers of like size, so H is the same to the last bit over however many ranks
+the batches are spread. (A last bit of H decides a near tie between two codes, and that one all codes that follow.)
+
+Legend: I inputs, T tokens.
 """
+
+import shutil
+from functools import partial
+from pathlib import Path
 
 import torch
 
-TILE = 512  # columns of H summed at once: half the products are saved but for the tiles on the diagonal
+from calibration.ranks import ALONE, Ranks
+from calibration.store import mapped
+
+TILE = 512  # rows of H summed at once: half the products are saved but for the squares on the diagonal
 
 
 class Hessian:
-    """Running sums in fp32; of H, which is symmetric, the tiles on and above the diagonal.
+    """Running sums, in tiles of some rows each; of H only what lies right of the tile's first diagonal entry.
 
     Args:
         in_features: I.
         cross: Also accumulate G, which the target correction needs.
         device: Where the sums live.
+        folder: Keeps the sums in files, one tile mapped at a time; None for memory.
     """
 
-    def __init__(self, in_features: int, *, cross: bool = False, device="cpu"):
-        self.sum = torch.zeros(in_features, in_features, device=device)
-        self.cross_sum = torch.zeros_like(self.sum) if cross else None
-        self.tokens = 0
+    def __init__(self, in_features: int, *, cross: bool = False, device="cpu", folder: Path | None = None):
+        self.size, self.tokens = in_features, 0
+        self.tiles = [slice(first, min(first + TILE, in_features)) for first in range(0, in_features, TILE)]
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.sums = [self._zeros(tile, in_features - tile.start, device, folder, "H") for tile in self.tiles]
+        self.cross_sums = [self._zeros(tile, in_features, device, folder, "G") for tile in self.tiles if cross]
+
+    @staticmethod
+    def _zeros(tile, width, device, folder, name):
+        """What gives a tile's sum: a tensor kept, or a file that is mapped when it is asked for."""
+        shape = (tile.stop - tile.start, width)
+        if folder is None:
+            kept = torch.zeros(shape, dtype=torch.float64, device=device)
+            return lambda: kept
+        return partial(mapped, folder / f"{name}-{tile.start}.bin", shape, torch.float64, shared=True)
 
     def add(self, x, x_full=None):
         """Adds tokens.
@@ -31,23 +56,27 @@ class Hessian:
             x_full: the same tokens' inputs in the full-precision stream, if G is wanted.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        for columns in self._tiles():
-            right = slice(columns.start, None)
-            self.sum[columns, right].addmm_(x[:, columns].T, x[:, right])
-        if self.cross_sum is not None:
-            self.cross_sum.addmm_(x_full.reshape(x.shape).float().T, x)
+        for tile, total in zip(self.tiles, self.sums, strict=True):
+            total().add_(x[:, tile].T @ x[:, tile.start :])
+        if self.cross_sums:
+            x_full = x_full.reshape(x.shape).float()
+            for tile, total in zip(self.tiles, self.cross_sums, strict=True):
+                total().add_(x_full[:, tile].T @ x)
         self.tokens += x.shape[0]
 
-    def finalise(self):
-        """(H, G or None), each (I, I) fp32; the sums are consumed."""
-        for columns in self._tiles():
-            below, tile = slice(columns.stop, None), self.sum[columns, columns]
-            self.sum[below, columns] = self.sum[columns, below].T
-            tile.copy_(tile.triu() + tile.triu(1).T)
-        factor = 2.0 / max(self.tokens, 1)
-        H, G = self.sum.mul_(factor), self.cross_sum
-        self.sum = self.cross_sum = None
-        return H, None if G is None else G.mul_(factor)
-
-    def _tiles(self):
-        return (slice(start, start + TILE) for start in range(0, len(self.sum), TILE))
+    def finalise(self, ranks: Ranks = ALONE):
+        """(H, G or None), each (I, I) fp32, over the tokens of all ranks; the sums are consumed."""
+        device = self.sums[0]().device
+        tokens = int(ranks.all_reduce(torch.tensor(self.tokens, device=device)))
+        mean = lambda sums: ranks.all_reduce(sums.pop(0)()).mul_(2.0 / max(tokens, 1))  # noqa: E731
+        H, G = torch.empty(self.size, self.size, device=device), None
+        for tile in self.tiles:
+            H[tile, tile.start :] = mean(self.sums)
+            square = H[tile, tile]
+            square.copy_(square.triu() + square.triu(1).T)
+            H[tile.stop :, tile] = H[tile, tile.stop :].T
+        if self.cross_sums:
+            G = torch.empty_like(H)
+            for tile in self.tiles:
+                G[tile] = mean(self.cross_sums)
+        return H, G

@@ -35,19 +35,15 @@ class ActivationStore:
             self._held[i] = x
             self._bytes += x.nbytes
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"batch-{i:05d}.bin"
-        aside = path.with_suffix(".partial")  # the old file may be mapped by a tensor somebody still holds
-        x.contiguous().view(torch.uint8).numpy().tofile(aside)
-        aside.replace(path)
+        write(x, path)
         self._held[i] = (path, x.shape, x.dtype)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         held = self._held[i]
         if isinstance(held, torch.Tensor):
             return held
-        path, shape, dtype = held
-        return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).view(dtype).view(shape)
+        return mapped(*held)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -65,6 +61,20 @@ class ActivationStore:
     def spilled(self) -> int:
         """How many batches are on disk."""
         return sum(isinstance(held, tuple) for held in self._held)
+
+
+def write(x: torch.Tensor, path: Path):
+    """Writes a tensor's bytes; who has mapped the old file keeps its numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    x.contiguous().view(torch.uint8).numpy().tofile(aside)
+    aside.replace(path)
+
+
+def mapped(path: Path, shape, dtype, *, shared: bool = False) -> torch.Tensor:
+    """A tensor whose numbers are read from a file when they are used; shared, what is done to it goes into the file."""
+    count = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=shared, size=count, dtype=dtype).view(shape)
 
 
 class ActivationsOn:

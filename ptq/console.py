@@ -1,24 +1,25 @@
 """What the command lines share: one line for a user's mistake, and tables."""
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers.utils import logging
 
-from calibration.errors import InputError
+from calibration.errors import InputError, RankLost
+from calibration.ranks import ALONE, Ranks
 
-MISTAKE, INTERRUPTED = 2, 130
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
-def run_command(command: Callable[[], None], *, interrupted: str = ""):
+def run_command(command: Callable[[], None], *, interrupted: str = "", ranks: Ranks = ALONE):
     """Runs a command line's work and exits; a mistake the user can mend is one line on stderr and status 2.
 
     Args:
         command: The work.
-        interrupted: Said after Ctrl-C.
+        interrupted: Said after Ctrl-C, and when another rank has ended.
+        ranks: This process's place among several, of which one says an error.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -26,14 +27,18 @@ def run_command(command: Callable[[], None], *, interrupted: str = ""):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         command()
+        return
     except InputError as error:
-        _leave(f"error: {_one_line(error)}", MISTAKE)
+        said, status = f"error: {_one_line(error)}", MISTAKE
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _leave(f"error: out of memory: {_one_line(error)}", MISTAKE)
+        said, status = f"error: out of memory: {_one_line(error)}", MISTAKE
     except OSError as error:
-        _leave(f"error: {error.filename or 'system'}: {error.strerror or _one_line(error)}", MISTAKE)
+        said, status = f"error: {error.filename or 'system'}: {error.strerror or _one_line(error)}", MISTAKE
+    except RankLost as error:
+        said, status = f"error: {_one_line(error)}{interrupted}", FAILED
     except KeyboardInterrupt:
-        _leave(f"interrupted{interrupted}", INTERRUPTED)
+        said, status = f"interrupted{interrupted}", INTERRUPTED
+    ranks.leave(said, status)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -57,8 +62,3 @@ def size_text(count: float) -> str:
 
 def _one_line(error) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _leave(message, status):
-    print(message, file=sys.stderr)
-    sys.exit(status)

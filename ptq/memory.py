@@ -15,10 +15,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
+def resident_memory() -> int:
+    """Bytes the process has in memory now."""
+    return _status("VmRSS")
+
+
 def _peak_resident() -> int:
-    try:  # exact; getrusage's figure starts from the parent's at the time of the fork
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return _status("VmHWM")  # getrusage's figure starts from the parent's at the time of the fork
+
+
+def _status(field) -> int:
+    try:
+        return 1024 * int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

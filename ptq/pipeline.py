@@ -8,14 +8,16 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from calibration.errors import InputError, TrainingStopped
+from calibration.ranks import ALONE, Ranks
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
+from ptq.budget import MemoryPlan, plan_memory
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.continuation import continuation
@@ -24,7 +26,7 @@ from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
 from ptq.load import LoadedModel
-from ptq.memory import peak_memory
+from ptq.memory import peak_memory, resident_memory
 from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.report.facts import weight_histograms
@@ -32,8 +34,8 @@ from ptq.report.files import write_card, write_page
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 from ptq.tuning.scales import ScaleTuning
-from ptq.walk import BATCH_TOKENS, Walk
-from ptq.workdir import WorkFolder, work_folder
+from ptq.walk import BATCH_TOKENS, Walk, most_ranks
+from ptq.workdir import Scratch, WorkFolder, differences, work_folder
 
 VERSION = "0.1.0"
 REPORT = "ptq_report.json"
@@ -62,10 +64,12 @@ def quantize_model(
     device: str = "auto",
     dtype: str = "auto",
     activation_budget: int | None = None,
+    max_memory: int | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     command: str | None = None,
-) -> Artefact:
+    ranks: Ranks = ALONE,
+) -> Artefact | None:
     """Quantizes a Hugging Face model folder into a packed GPTQ folder.
 
     Args:
@@ -81,14 +85,21 @@ def quantize_model(
         dtype: What blocks are computed in: "auto" (float32 on a CPU, the checkpoint's own on a GPU) or a name.
         activation_budget: Bytes of activations kept in memory, the rest goes to the work folder; None for two fifths
             of the machine's memory. Does not change the result.
+        max_memory: Bytes of resident memory that each process may take at most, on a CPU and without training; what
+            does not fit is worked on from disk. Does not change the result. None for no limit.
         resume: Go on with an interrupted run.
         trust_remote_code: Let the checkpoint bring its own model code.
         command: What to print as the way to make this artefact; None for this call.
+        ranks: This process's place among several, from join_ranks(); every rank makes the same call.
+
+    Returns:
+        The artefact; None on other ranks than the first, which neither write nor measure.
 
     Raises:
         InputError: Anything the user can mend; nothing is left behind.
         TrainingStopped: A block's training broke off; finished blocks and its best state stay for resume.
         OSError: The disk failed; finished blocks stay in the work folder for resume.
+        RankLost: Another rank has ended; finished blocks stay in the work folder for resume.
     """
     clock, spec = Clock(), spec or QuantSpec()
     kind = format_of(spec)
@@ -102,7 +113,7 @@ def quantize_model(
     out = Path(out) if out else Path("quantized") / kind.name(checkpoint.folder.resolve().name)
     if os.path.lexists(out) and not resume:
         raise InputError(f"{out}: exists already; choose another --out or delete it")
-    torch_device = choose_device(device)
+    torch_device = choose_device(ranks.device(device))
     torch_dtype = choose_dtype(dtype, torch_device, checkpoint.config)
     streamed = StreamedModel(checkpoint, dtype=torch_dtype, device=torch_device, trust_remote_code=trust_remote_code)
     linears = _linears(streamed)
@@ -115,9 +126,16 @@ def quantize_model(
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
-    job = _Job(streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, budget, command)
-    if os.path.lexists(out):
-        return _finished_before(out, job.identity)
+    plan = MemoryPlan(budget, sums_on_disk=False)
+    if max_memory is not None:
+        plan = plan_memory(max_memory, resident_memory(), streamed, spec, drawn, measures=windows is not None)
+        plan = replace(plan, activations=min(budget, plan.activations))
+    job = _Job(streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, plan, command, ranks)
+    _check_ranks(job)
+    if ranks.from_first(lambda: os.path.lexists(out)):
+        return _finished_before(out, job.identity) if ranks.first else None
+    if not ranks.first:
+        return _follow(job, out)
     work = WorkFolder(out, job.identity, resume=resume)
     try:
         return Artefact(out, _run(job, work))
@@ -146,8 +164,9 @@ class _Job:
     windows: torch.Tensor | None
     tokenizer: PreTrainedTokenizerBase | None
     clock: Clock
-    budget: int
+    plan: MemoryPlan
     command: str
+    ranks: Ranks
 
     @property
     def identity(self) -> dict:
@@ -160,15 +179,48 @@ class _Job:
             "dtype": str(self.streamed.dtype),
             "device": self.streamed.device.type,
             "batch_tokens": BATCH_TOKENS,
+            "ranks": self.ranks.size,
         }
+
+    def walk(self, work: WorkFolder | Scratch):
+        """Walks this rank's share."""
+        walk = Walk(
+            self.streamed, self.spec, self.kind.codec, work, self.clock,
+            budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks,
+        )  # fmt: skip
+        walk.run(self.drawn and self.drawn.tokens)
+
+
+def _check_ranks(job: _Job):
+    """Refuses what several ranks cannot do together, and ranks that would do different things."""
+    ranks, spec = job.ranks, job.spec
+    if ranks.size == 1:
+        return
+    if spec.trains or spec.refined:
+        raise InputError(f"{ranks.size} ranks: omniquant and --effort above fast train in one process alone")
+    most = most_ranks(job.streamed, job.drawn and job.drawn.tokens)
+    if ranks.size > most:
+        raise InputError(f"{ranks.size} ranks: there is work for {most} (a batch of text, 32 outputs of a linear each)")
+    changed = differences(ranks.from_first(lambda: job.identity), job.identity)
+    if changed:
+        raise InputError(f"rank {ranks.rank} would not do what rank 0 does: {'; '.join(changed)}")
+
+
+def _follow(job: _Job, out: Path):
+    """What other ranks than the first do."""
+    scratch = Scratch(out, job.ranks.rank)
+    try:
+        job.walk(scratch)
+    finally:
+        scratch.close()
 
 
 def _run(job: _Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
     streamed, kind, clock = job.streamed, job.kind, job.clock
-    walk = Walk(streamed, job.spec, kind.codec, work, clock, budget=job.budget)
-    walk.run(job.drawn and job.drawn.tokens)
-    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.budget).run(job.drawn and job.drawn.tokens)
+    job.walk(work)
+    tuning = ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations)
+    tuning.run(job.drawn and job.drawn.tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
@@ -307,7 +359,7 @@ def _measure(job, packed, work):
     if job.windows is None:
         return None
     before, after = (
-        measure_perplexity(model, job.windows, spill=work.folder / "heldout", budget=job.budget, label=label)
+        measure_perplexity(model, job.windows, spill=work.folder / "heldout", budget=job.plan.activations, label=label)
         for model, label in ((job.streamed, "before"), (job.streamed.with_weights(packed), "after"))
     )
     return {"text": job.text, "before": before.as_dict(), "after": after.as_dict()}

@@ -4,7 +4,7 @@ Legend: O outputs, I inputs, G groups, S spans.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,10 @@ class QuantizedTensor:
         """The same for some of the outputs."""
         return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
+    def gathered(self, gather: Callable[..., torch.Tensor]) -> "QuantizedTensor":
+        """All outputs, where each rank holds some; `gather(tensor, dim)` as Ranks has it."""
+        return replace(self, codes=gather(self.codes), scale=gather(self.scale), zero=gather(self.zero))
+
     @staticmethod
     def stack(parts: Sequence["QuantizedTensor"]) -> "QuantizedTensor":
         """Several linears that differ in their outputs alone, as one."""
@@ -90,6 +94,10 @@ class BlockTensor:
     def rows(self, part: slice) -> "BlockTensor":
         """The same for some of the outputs."""
         return replace(self, codes=self.codes[part], params=tuple(p[..., part] for p in self.params))
+
+    def gathered(self, gather: Callable[..., torch.Tensor]) -> "BlockTensor":
+        """All outputs, where each rank holds some; `gather(tensor, dim)` as Ranks has it."""
+        return replace(self, codes=gather(self.codes), params=tuple(gather(p, -1) for p in self.params))
 
     @staticmethod
     def stack(parts: Sequence["BlockTensor"]) -> "BlockTensor":

@@ -1,11 +1,13 @@
 """python -m ptq.quantize: a model folder in, a verified and measured GPTQ folder out."""
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
 
 from calibration.corpora import CORPORA
+from calibration.ranks import join_ranks
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.pipeline import Artefact, quantize_model
@@ -95,20 +97,34 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what blocks compute in")
     run.add_argument("--activation-memory", metavar="GB", type=float,
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
+    run.add_argument("--max-memory", metavar="SIZE", type=_size,
+                     help="resident memory at most, as 4GB or 800MB; on a CPU, at --effort fast")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
+
+
+def _size(text) -> int:
+    """Bytes of "4GB", "800MB" or "1.5 GB"; a number alone is in GB."""
+    match = re.fullmatch(r"([0-9.]+) ?([kMG]?)B?", text)
+    try:
+        return int(float(match[1]) * {"k": 1e3, "M": 1e6, "G": 1e9, "": 1e9}[match[2]])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB or 800MB") from None
 
 
 def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "ptq.quantize", *(flag for flag in argv if flag != "--resume")])
-    run_command(lambda: _quantize(args, command), interrupted="; the same command with --resume goes on")
+    ranks = join_ranks()
+    start = ["python"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size)]
+    command = shlex.join([*start, "-m", "ptq.quantize", *(flag for flag in argv if flag != "--resume")])
+    again = "; the same command with --resume goes on"
+    run_command(lambda: _quantize(args, command, ranks), interrupted=again, ranks=ranks)
 
 
-def _quantize(args, command):
+def _quantize(args, command, ranks):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})
@@ -138,11 +154,14 @@ def _quantize(args, command):
         device=args.device,
         dtype=args.dtype,
         activation_budget=None if args.activation_memory is None else int(args.activation_memory * 1e9),
+        max_memory=args.max_memory,
         resume=args.resume,
         trust_remote_code=args.trust_remote_code,
         command=command,
+        ranks=ranks,
     )
-    print(summary(artefact))
+    if artefact:
+        print(summary(artefact))
 
 
 def summary(artefact: Artefact) -> str:

@@ -5,6 +5,9 @@ for errors that arrive from earlier layers, the full-precision one. The block ha
 stream runs ahead through a stage with the original weights, then the stage's quantized weights are written and the
 quantized stream follows. Each linear multiplies each token once in each stream.
 
+With several ranks each carries its own calibration batches and solves its own outputs; H and G are summed over all, the
+solutions gathered, so every rank's block is the same one. Rank 0 alone holds the work folder.
+
 Methods that train whole blocks (blockwise.py) take the place of the stages; saving, resuming and streams are the same.
 """
 
@@ -17,16 +20,17 @@ from tqdm import tqdm
 from calibration.capture import SuspendedForwards, run_block
 from calibration.errors import InputError, TrainingStopped
 from calibration.hessian import Hessian
+from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
 from ptq.qtensor import digest
-from ptq.quantizers.gptq import gptq
+from ptq.quantizers.gptq import ROWS, gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
-from ptq.workdir import WorkFolder
+from ptq.workdir import Scratch, WorkFolder
 
 BATCH_TOKENS = 1024  # bounds what a forward makes on its way; decides the last bits, since sums run over batches
 
@@ -47,6 +51,17 @@ class Streams:
         return [of_batch[block] for of_batch in self.arguments]
 
 
+def most_ranks(model: StreamedModel, tokens) -> int:
+    """How many ranks find work: a batch of tokens (n_samples, seqlen) each, and ROWS outputs of every stage."""
+    outputs = [sum(len(model.weight(0, name)) for name in stage) for stage in model.family.stages]
+    batches = [] if tokens is None else [-(-len(tokens) // _rows_of_batch(tokens))]
+    return min(batches + [-(-count // ROWS) for count in outputs])
+
+
+def _rows_of_batch(tokens):
+    return max(1, BATCH_TOKENS // tokens.shape[1])
+
+
 class Walk:
     """Quantizes a streamed model into a work folder.
 
@@ -54,15 +69,21 @@ class Walk:
         model: The model, streamed.
         spec: QuantSpec.
         codec: Packs QuantizedTensors into the artefact's tensors and back.
-        work: Where finished blocks are kept.
+        work: Where finished blocks are kept; on other ranks than the first, where activations are spilled and no more.
         clock: Gets the seconds by phase.
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. Half goes to what lies
             between blocks, half to forwards halted inside one; either half is shared by the two streams.
+        sums_on_disk: Keep sums of H and G, and G - H for a while, in files.
+        ranks: This process's place among those that share the work; methods that train want one alone.
     """
 
-    def __init__(self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock, *, budget: int | None = None):
+    def __init__(
+        self, model: StreamedModel, spec, codec, work: WorkFolder | Scratch, clock: Clock,
+        *, budget: int | None = None, sums_on_disk: bool = False, ranks: Ranks = ALONE,
+    ):  # fmt: skip
         self.model, self.spec, self.codec = model, spec, codec
-        self.work, self.clock, self.budget = work, clock, budget
+        self.work, self.clock, self.budget, self.ranks = work, clock, budget, ranks
+        self.sums = work.folder / "activations" / "sums" if sums_on_disk else None
 
     @torch.no_grad()
     def run(self, tokens):
@@ -76,12 +97,12 @@ class Walk:
             TrainingStopped: The loss of a block is not finite; the block is saved at its best state.
         """
         blocks = range(len(self.model.blocks))
-        todo = [i for i in blocks if not self.work.has_block(i)]
+        todo = self.ranks.from_first(lambda: [i for i in blocks if not self.work.has_block(i)])
         if not todo:
             return
         with self.clock.phase("embed"):
             streams = None if tokens is None else self._open_streams(tokens)
-        bar = tqdm(blocks, desc="quantizing", unit="block", disable=None)
+        bar = tqdm(blocks, desc="quantizing", unit="block", disable=None if self.ranks.first else True)
         for i in bar:
             if i not in todo and (streams is None or i > todo[-1]):
                 continue
@@ -93,8 +114,9 @@ class Walk:
                         self._replay_block(i, streams)
                     continue
                 tensors, report = self._solve_block(i, streams)
-                with self.clock.phase("write"):
-                    self.work.save_block(i, tensors, report)
+                if self.ranks.first:
+                    with self.clock.phase("write"):
+                        self.work.save_block(i, tensors, report)
             self._stop_if_diverged(i, report)
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
@@ -104,9 +126,10 @@ class Walk:
         quantized = ActivationStore(spill / "quantized", share)
         two = self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0
         streams, by_rows = Streams(quantized, ActivationStore(spill / "full", share) if two else None), {}
-        rows = self.spec.train_rows if self.spec.trains else max(1, BATCH_TOKENS // tokens.shape[1])
+        rows = self.spec.train_rows if self.spec.trains else _rows_of_batch(tokens)
+        batches = tokens.split(rows)
         with self.model.outside(head=False):
-            for batch in tokens.split(rows):
+            for batch in batches[self.ranks.share(len(batches))]:
                 hidden, arguments = self.model.embed(batch)
                 streams.arguments.append(by_rows.setdefault(len(batch), arguments))
                 for store in streams:
@@ -116,7 +139,7 @@ class Walk:
     def _replay_block(self, i, streams):
         """Carries both streams through a block that an earlier run finished."""
         block, arguments, device = self.model.blocks[i], streams.at(i), self.model.device
-        packed = self.work.load_block(i)
+        packed = self.ranks.from_first(lambda: self.work.load_block(i))
         for store in reversed(list(streams)):  # the full-precision one first, while the weights are the original
             if store is streams.quantized:
                 for name, parameter in block.named_parameters():
@@ -262,12 +285,13 @@ class Walk:
                 x = quantized.advance(b)
             with self.clock.phase("hessian"):
                 if hessian is None:
-                    hessian = Hessian(x.shape[-1], cross=bool(full), device=x.device)
+                    hessian = Hessian(x.shape[-1], cross=bool(full), device=x.device, folder=self.sums)
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:
                 self._advance(forwards, b, store)
-        H, G = hessian.finalise()
+        with self.clock.phase("hessian"):
+            H, G = hessian.finalise(self.ranks)
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise InputError(
                 f"the inputs of {name} are not finite on the calibration text: --dtype float32 has the widest range;"
@@ -280,13 +304,15 @@ class Walk:
         with self.clock.phase("solve"):
             weights = [self.model.weight(i, name) for name in stage]
             grid = self.codec.grid(weights[0].shape[1])
+            rows = self._own_rows(sum(map(len, weights)))
             try:
                 solution = gptq(
-                    weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, clock=self.clock
-                )
+                    weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, rows=rows,
+                    spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
+                )  # fmt: skip
             except InputError as error:
                 raise InputError(f"{self.model.stored_name(i, stage[0])}: {error}") from None
-            solved, start = [], 0
+            solution, solved, start = solution.gathered(self.ranks.gather), [], 0
             for name in stage:
                 rows = slice(start, start := start + self.model.weight(i, name).shape[0])
                 energy = float(solution.energy[rows].sum()) or 1.0
@@ -299,6 +325,11 @@ class Walk:
                 }
                 solved.append((solution.quantized.rows(rows), entry))
         return solved
+
+    def _own_rows(self, count):
+        """Which of a stage's outputs this rank solves."""
+        units = self.ranks.share(-(-count // ROWS))
+        return slice(units.start * ROWS, min(units.stop * ROWS, count))
 
     def _round_stage(self, i, stage):
         """The same without data: plain rounding, and its error relative to the weights themselves."""

@@ -83,7 +83,7 @@ class WorkFolder:
             before = json.loads(record.read_bytes())
         except ValueError:
             raise InputError(f"{record}: damaged; delete {self.folder} and start again") from None
-        changed = _differences(before, identity)
+        changed = differences(before, identity)
         if changed:
             raise InputError(f"{self.folder}: cannot resume, the run is another one: {'; '.join(changed)}")
         for path in self._blocks():
@@ -211,18 +211,36 @@ class WorkFolder:
         return f"; {count} finished blocks stay in {self.folder}, --resume goes on with them" if count else ""
 
 
+class Scratch:
+    """What a rank has that keeps nothing: a folder for spilled activations, beside where the first rank works.
+
+    Args:
+        out: The output folder-to-be.
+        rank: Whose.
+    """
+
+    def __init__(self, out: Path, rank: int):
+        self.folder = work_folder(Path(out)) / f"rank-{rank}"
+
+    def close(self):
+        """Removes it, and on a machine where the first rank does not work, what it lies in."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
+
 def work_folder(out: Path) -> Path:
     """Where the work for an output folder lies."""
     return out.with_name(out.name + SUFFIX)
 
 
-def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
     """What changed between two records, down to the innermost fields."""
     changed = []
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += _differences(old, new, f"{prefix}{key}.")
+            changed += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             changed.append(f"{prefix}{key} {old!r} -> {new!r}")
     return changed

@@ -6,10 +6,12 @@ together. The steps and where they come from are in columns.py (GPTQ itself) and
 Legend: O outputs, I inputs, G groups.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
+from calibration.store import mapped, write
 from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
@@ -18,6 +20,7 @@ from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 
 CHUNK = 1 << 20  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
+ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
 LOSS_TILE = 512  # columns at once
 
 
@@ -33,8 +36,13 @@ class Solution:
     dead: float
     damp_percent: float
 
+    def gathered(self, gather: Callable[..., torch.Tensor]) -> "Solution":
+        """All outputs, where each rank has solved some; `gather(tensor, dim)` as Ranks has it."""
+        losses = {name: gather(getattr(self, name)) for name in ("loss", "loss_gptq", "loss_rtn", "energy")}
+        return replace(self, quantized=self.quantized.gathered(gather), **losses)
 
-def gptq(weights, H, spec, *, grid=None, G=None, seed=0, clock=None) -> Solution:
+
+def gptq(weights, H, spec, *, grid=None, G=None, seed=0, rows=None, spill=None, clock=None) -> Solution:
     """Quantizes the linears of one stage.
 
     Args:
@@ -44,20 +52,24 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0, clock=None) -> Solution
         grid: A BlockGrid; None for the uniform groups that spec names.
         G: (I, I) fp32 2/n X_full^T X for the target correction, or None; consumed.
         seed: Seeds the order of refinement sweeps.
+        rows: A slice of the stacked matrix, to solve no more than that; None for all.
+        spill: File for G - H while H is factored; None keeps it in memory.
         clock: Gets the seconds of factor, target, baseline, scales, columns and refine.
 
     Returns:
-        The solution of the stacked matrix.
+        The solution of the stacked matrix, or of those rows.
 
     Raises:
         InputError: H cannot be made positive definite.
     """
     weights = [weights] if isinstance(weights, torch.Tensor) else weights
-    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, clock or Clock())
-    targets = map(stage.target, _row_chunks(weights, CHUNK))
-    if G is not None and G.numel() > sum(W.numel() for W in weights):
+    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, spill, clock or Clock())
+    rows = rows or slice(0, sum(map(len, weights)))
+    targets = map(stage.target, _row_chunks(weights, rows, CHUNK))
+    if G is not None and len(H) > rows.stop - rows.start:
         targets = list(targets)  # takes less memory than G, which has done its work then
-        stage.mismatch = G.set_()
+        stage.mismatch = None
+        G.set_()
     tensors, losses = zip(*(stage.solve(*target) for target in targets), strict=True)
     quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
     for consumed in (H, G):
@@ -73,7 +85,7 @@ class _Stage:
     activation order. Everything here lies in visiting order: `order` leads to it from the layout.
     """
 
-    def __init__(self, H, G, spec, grid, I, seed, clock):
+    def __init__(self, H, G, spec, grid, I, seed, spill, clock):
         self.spec, self.seed, self.clock = spec, seed, clock
         self.grid, self.span = grid or AffineGrid(spec.bits, spec.sym), grid.span if grid else spec.columns_per_group(I)
         self.dead = float((H.diagonal() == 0).float().mean())
@@ -88,6 +100,10 @@ class _Stage:
         self.g_idx[self.layout] = (natural // self.span).int()
         H = _reorder(H, visited)
         self.mismatch = None if G is None else _reorder(G, visited).sub_(H)
+        if G is not None and spill is not None:
+            write(self.mismatch, spill)
+            self.mismatch = mapped(spill, G.shape, G.dtype)
+            G.set_()
         with clock.phase("factor"):
             self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
         self.H = H
@@ -178,17 +194,15 @@ def _reorder(H, order):
     return torch.index_select(rows, 1, order, out=H)
 
 
-def _row_chunks(weights, limit):
-    """fp32 rows of the stacked matrices, as many at a time as `limit` weights allow."""
-    held, count, rows = [], 0, max(1, limit // weights[0].shape[1])
-    for W in weights:
-        for part in W.split(rows):
-            if count + len(part) > rows:
-                yield torch.cat(held)
-                held, count = [], 0
-            held.append(part.float())
-            count += len(part)
-    yield torch.cat(held)
+def _row_chunks(weights, rows, limit):
+    """fp32 rows of the stacked matrices, a multiple of ROWS that `limit` weights allow at a time."""
+    step = max(1, limit // weights[0].shape[1] // ROWS) * ROWS
+    for first in range(rows.start, rows.stop, step):
+        last, chunk, passed = min(first + step, rows.stop), [], 0
+        for W in weights:
+            chunk.append(W[max(0, first - passed) : max(0, last - passed)].float())
+            passed += len(W)
+        yield torch.cat(chunk)
 
 
 def target_shift(mismatch, U):

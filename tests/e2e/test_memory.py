@@ -1,11 +1,12 @@
 """Peak resident memory of a run on the shape of TinyLlama 1.1B: bounded, and not a matter of depth."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
-from commands import REPOSITORY, command, environment, token_file
+from commands import REPOSITORY, command, environment, hashes, run, token_file
 
 LIMIT = 1.5e9
 
@@ -43,3 +44,23 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path):
         print(f"{blocks} blocks: peak {peaks[blocks] / 1e9:.3f} GB in {seconds:.0f} s; making them {made / 1e9:.3f} GB")
     assert max(peaks.values()) < LIMIT
     assert peaks[4] < peaks[2] * 1.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_max_memory_is_obeyed_and_changes_nothing(tmp_path):
+    model, tokens = tmp_path / "model", token_file(tmp_path / "c.npy", 8, 512, vocab=32000)
+    measure([sys.executable, str(REPOSITORY / "tools/random_model.py"), "tinyllama-1.1b", str(model), "--blocks", "1"])
+    flags = ["--model", model, "--calibration", tokens, "--heldout", "none", "--device", "cpu"]
+    refused = run("quantize", *flags, "--max-memory", "0.5GB", "--out", tmp_path / "refused")
+    needed = re.fullmatch(r"error: max_memory 0.50 GB is too .* it takes ([0-9.]+) GB\n", refused.stderr)
+    assert refused.returncode == 2 and needed
+    written = {}
+    for limit in (float(needed[1]) + 0.02, 2.0, None):
+        out = tmp_path / f"out-{limit}"
+        given = [] if limit is None else ["--max-memory", f"{limit}GB"]
+        peak, seconds = measure(command("quantize", *flags, *given, "--out", out))
+        print(f"{limit} GB: peak {peak / 1e9:.3f} GB in {seconds:.0f} s")
+        assert limit is None or peak < limit * 1e9
+        written[limit] = hashes(out)
+    assert all(found == written[None] for found in written.values())

@@ -39,6 +39,35 @@ def test_any_split_gives_the_whole(split, tile, monkeypatch):
     assert not close(G.T, 2 / TOKENS * X_full.T @ X, X, X_full)
 
 
+@pytest.mark.parametrize("tile", [512, 1, 10])
+def test_tiles_and_files_change_no_bit(tile, monkeypatch, tmp_path):
+    """However many rows a tile has, and with sums in files; a file of an earlier sum does not count."""
+    _, X, _ = correlated(0, tokens=TOKENS)
+    X, X_full = X.float(), correlated(1, tokens=TOKENS)[1].float()
+    monkeypatch.setattr(calibration.hessian, "TILE", tile)
+    sums = {}
+    for folder in (None, tmp_path / "sums", tmp_path / "sums"):
+        hessian = Hessian(X.shape[1], cross=True, folder=folder)
+        for x, x_full in zip(X.split(90), X_full.split(90), strict=True):
+            hessian.add(x, x_full)
+        found = hessian.finalise()
+        assert all(torch.equal(*pair) for pair in zip(found, sums.setdefault("first", found), strict=True))
+    assert len(list((tmp_path / "sums").iterdir())) == 2 * len(hessian.tiles)
+    assert close(found[0], 2 / TOKENS * X.double().T @ X.double(), X.double(), X.double())
+
+
+def test_the_order_of_batches_changes_no_bit():
+    """What makes ranks equal: sums of fp32 products of like size are exact in fp64."""
+    batches = correlated(0, tokens=TOKENS)[1].float().split(20)
+    found = []
+    for order in (batches, batches[::-1], batches[1::2] + batches[::2]):
+        hessian = Hessian(batches[0].shape[1], cross=True)
+        for x in order:
+            hessian.add(x, 2 * x)
+        found.append(hessian.finalise())
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_samples_and_tokens_are_all_rows():
     X = correlated(0, tokens=TOKENS)[1].float()
     flat, shaped = Hessian(X.shape[1], cross=True), Hessian(X.shape[1], cross=True)

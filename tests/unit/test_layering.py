@@ -35,12 +35,13 @@ LAYERS = {
     ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.pipeline": (
-        "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation",
+        "ptq.budget", "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation",
         "ptq.formats", "ptq.load", "ptq.memory", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning",
         "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
+    "ptq.budget": ("ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.walk", "calibration"),
     "ptq.tuning": (
         "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
         "calibration",

@@ -1,0 +1,93 @@
+"""What a run may hold under --max-memory, worked out from shapes before it starts.
+
+Resident memory of a walk on a CPU: the program, and the largest of these (fp32; I inputs, O outputs of a stage):
+
+    outside     embedding or head; some rows' logits
+    accumulate  the block's weights from the stage before on; sums of H (I x I / 2) and G (I x I) in fp64
+    solve       the block's weights from this stage on; H, G - H, the factor and a copy; targets and codes; some rows
+
+and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
+mapped, and G - H waits on disk while H is factored. Neither changes a bit of the result.
+"""
+
+from dataclasses import dataclass
+
+from calibration.errors import InputError
+from calibration.hessian import TILE
+from ptq.evaluation.stream import LOGIT_ENTRIES
+from ptq.quantizers.gptq import CHUNK, ROWS
+from ptq.streamed import StreamedModel
+from ptq.walk import BATCH_TOKENS
+
+FP32, FP64 = 4, 8
+LATER = 200 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a walk may hold.
+
+    Attributes:
+        activations: Bytes of activations in memory.
+        sums_on_disk: Whether H's and G's sums, and G - H for a while, are in files.
+    """
+
+    activations: int
+    sums_on_disk: bool
+
+
+def plan_memory(limit: int, resident: int, model: StreamedModel, spec, drawn, *, measures: bool) -> MemoryPlan:
+    """How to stay under a limit.
+
+    Args:
+        limit: Bytes of resident memory.
+        resident: Bytes that the program takes before the walk.
+        model: What is quantized.
+        spec: QuantSpec.
+        drawn: Calibration text; None for methods that need none.
+        measures: Whether perplexity is measured.
+
+    Raises:
+        InputError: Not even the least fits, and the message says how much does; or what trains is not planned here.
+    """
+    if spec.trains or spec.refined or model.device.type != "cpu":
+        raise InputError(
+            "max_memory is for --method gptq and rtn at --effort fast on a CPU; --activation-memory bounds activations"
+        )
+    stages = [[tuple(model.weight(0, name).shape) for name in stage] for stage in model.family.stages]
+    correction = bool(drawn) and spec.correction > 0
+    for on_disk in (False, True):
+        phases = [_outside(model, measures), *_phases(model, stages if drawn else [], correction, on_disk)]
+        needed = resident + LATER + max(phases)
+        if needed <= limit:
+            return MemoryPlan(limit - needed, on_disk)
+    raise InputError(f"max_memory {limit / 1e9:.2f} GB is too little for this model: it takes {needed / 1e9:.2f} GB")
+
+
+def _phases(model, stages, correction, on_disk):
+    sizes = [model.dtype.itemsize * sum(O * I for O, I in stage) for stage in stages]
+    for s, stage in enumerate(stages):
+        O, I = sum(outputs for outputs, _ in stage), stage[0][1]
+        yield sum(sizes[max(0, s - 1) :]) + _forward(model, stages) + _sums(I, correction, on_disk)
+        yield sum(sizes[s:]) + _solve(O, I, correction, on_disk)
+
+
+def _outside(model, measures):
+    embedding = model.model.get_input_embeddings().weight
+    return FP32 * embedding.numel() + measures * 3 * FP32 * LOGIT_ENTRIES
+
+
+def _forward(model, stages):
+    """One batch between two halts: the widest linears' inputs and outputs in both streams."""
+    return 6 * BATCH_TOKENS * model.dtype.itemsize * max(max(shape) for stage in stages for shape in stage)
+
+
+def _sums(I, correction, on_disk):
+    tile = min(TILE, I) * I
+    held = FP64 * tile if on_disk else FP64 * (I * I // 2 + tile // 2 + correction * I * I)
+    return held + FP32 * tile  # and one product
+
+
+def _solve(O, I, correction, on_disk):
+    squares = 3 if on_disk else 3 + correction
+    return FP32 * squares * I * I + 2 * FP32 * O * I + 12 * FP32 * max(CHUNK, ROWS * I)

@@ -1,0 +1,35 @@
+"""What test_ranks.py runs on every rank: exchanges, and what came out of them as one line of JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from calibration.errors import InputError
+from calibration.hessian import Hessian
+from calibration.ranks import join_ranks
+
+ranks = join_ranks()
+own = torch.full((ranks.rank + 1, 2), float(ranks.rank))
+hessian, batches = Hessian(5, cross=True), torch.randn(7, 30, 5, generator=torch.Generator().manual_seed(0))
+for x in batches[ranks.share(len(batches))]:
+    hessian.add(x, 2 * x)
+alone = Hessian(5, cross=True)
+for x in batches:
+    alone.add(x, 2 * x)
+found = {
+    "first": ranks.first,
+    "sum": ranks.all_reduce(torch.tensor([1.5, ranks.rank])).tolist(),
+    "rows": ranks.gather(own).tolist(),
+    "columns": ranks.gather(own.T.to(torch.uint8), -1).tolist(),
+    "from_first": [value.tolist() for value in ranks.from_first(lambda: {"x": torch.tensor(ranks.rank + 7)}).values()],
+    "same_hessian": [torch.equal(*pair) for pair in zip(hessian.finalise(ranks), alone.finalise(), strict=True)],
+    "devices": [ranks.device(name) for name in ("cpu", "cuda")],
+    "spoke": ranks.speaks(),
+}
+try:
+    ranks.device("cuda:0")
+except InputError as error:
+    found["refused"] = str(error)
+Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(found))
