@@ -2,9 +2,9 @@
 
 The loss of m adjacent columns is (q - x)^T A (q - x), with q = scale * c, c a vector of the codebook. Magnitudes c that
 share their signs are compared by one table of c^T A c, the same for all rows, and one product with A x; signs that
-share their magnitudes by the m (m - 1) / 2 products of two columns. So the signs of x choose
-magnitudes, these rank the signs, and the best few signs choose magnitudes once more. Trying all signs is the
-exact search (where a vector is two entries, these are chosen in turn); LOG.md has what few of them lose.
+share their magnitudes by the m (m - 1) / 2 products of two columns. So the signs of x choose magnitudes, these rank the
+signs, and the best few signs choose magnitudes once more. Trying all signs is the exact search (where a vector is two
+entries, these are chosen in turn); LOG.md has what few of them lose.
 
 Legend: N entries, w columns of an entry, m columns of a vector, n signs (half of the allowed ones), O outputs.
 """
