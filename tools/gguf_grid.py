@@ -33,7 +33,8 @@ from ptq.export.gguf.writer import write_gguf
 from ptq.reload import load_tokenizer
 from ptq.streamed import StreamedModel
 
-TYPES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 IQ4_NL IQ4_XS TQ2_0 Q2_0".split()
+TYPES = """Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 IQ4_NL IQ4_XS TQ2_0 Q2_0
+           IQ3_S IQ3_XXS IQ2_S IQ2_XS IQ2_XXS""".split()
 
 
 class Reference:

@@ -26,7 +26,8 @@ from ptq.reload import load_tokenizer
 TYPE_OF_BITS = {1: "Q1_0", 1.58: "TQ1_0", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 NARROWER = {  # for rows that do not fill a type's blocks, the nearest types that have shorter ones
     "Q1_0": "Q2_0", "Q2_K": "Q2_0", "TQ1_0": "Q2_0", "TQ2_0": "Q2_0", "Q2_0": "IQ4_NL", "Q3_K": "IQ4_NL",
-    "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL", "IQ2_XXS": "Q2_0", "IQ2_XS": "Q2_0", "IQ2_S": "Q2_0", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL",
+    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
 OUTER_TYPE = "Q6_K"  # of embedding and head, where the user does not say: hardly worse than F16
 EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "wte"), ("lm_head", "embed_out")

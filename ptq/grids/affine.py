@@ -36,6 +36,7 @@ class AffineGrid:
 
     bits: float
     sym: bool
+    vector = 1
 
     @property
     def top(self) -> int:

@@ -1,9 +1,10 @@
 """What a solver asks of a grid: the set of values that a file format can hold, and how to move inside it.
 
-Every grid here is scalar: a row's columns are cut into spans that are fitted together (a group of a GPTQ file, a
-super-block of llama.cpp), a span into steps that share one (scale, zero) pair, and a code stands for one value:
-decode(code, scale, zero). What the file stores for a span are its params: a tuple of tensors whose last dimension is
-rows. Params are always exactly storable, so that packing rounds nothing.
+A row's columns are cut into spans that are fitted together (a group of a GPTQ file, a super-block of llama.cpp), a span
+into steps that share one (scale, zero) pair, and a code stands for one value: decode(code, scale, zero). What the file
+stores for a span are its params: a tuple of tensors whose last dimension is rows. Params are always exactly storable,
+so that packing rounds nothing. Under most grids each column takes any code; under a codebook a few adjacent columns, a
+vector, take those of one of its entries.
 
 Legend: R rows, c columns of a span, k numbers of one kind per span.
 """
@@ -55,9 +56,11 @@ class Grid(Protocol):
 
     Attributes:
         arithmetic: What decode does.
+        vector: Adjacent columns whose codes depend on each other, a step being whole vectors; 1 where none do.
     """
 
     arithmetic: Arithmetic
+    vector: int
 
     def fit(self, w: torch.Tensor, weight: torch.Tensor) -> Params:
         """Params that nearly minimise sum_j weight_j (w_j - nearest value)**2, w and weight (R, c)."""
@@ -72,7 +75,7 @@ class Grid(Protocol):
         """Columns that share a (scale, zero) pair."""
 
     def encode(self, w, scale, zero):
-        """Nearest codes as floats; broadcasts."""
+        """Nearest codes as floats; broadcasts. With vectors, w is (c, ...), whole vectors of columns."""
 
     def decode(self, codes, scale, zero):
         """Values of codes; broadcasts."""

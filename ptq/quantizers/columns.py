@@ -130,7 +130,7 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
             continue
         for k in range(start, end):
             t = target[k - start]
-            scale, zero = params(k, lambda width, k=k: _remaining(Wt, U, D, k, width))
+            scale, zero = params(k, lambda width, k=k: remaining_columns(Wt, U, D, k, width))
             codes[k] = grid.encode(t, scale, zero)
             Q[k] = grid.decode(codes[k], scale, zero)
             torch.sub(Q[k], Wt[k], out=D[k])
@@ -140,7 +140,7 @@ def quantize_columns(Wt, U, grid, params, *, column_block=128):
     return codes, Q, loss
 
 
-def _remaining(Wt, U, D, k, width):
+def remaining_columns(Wt, U, D, k, width):
     """Columns k..k+width that minimise the loss given the codes before k: what the paper's update leaves there."""
     end = min(k + width, Wt.shape[0])
     lower = (U[k:end, k:end] / U.diagonal()[k:end]).T

@@ -18,6 +18,7 @@ from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
+from ptq.quantizers.vectors import quantize_vectors
 
 CHUNK = 1 << 20  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
 ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
@@ -92,7 +93,7 @@ class _Stage:
         natural = torch.arange(I, device=H.device)
         visited = natural
         if spec.column_order == "activation":
-            visited = H.diagonal().argsort(descending=True, stable=True)
+            visited = _by_activation(H.diagonal(), self.grid.vector)
         self.layout, self.order = (visited, natural) if spec.desc_act else (natural, visited)
         self.static = self.order is not natural
         self.spans = cut_spans(self.order, self.span, self.grid.columns_per_step(self.span))
@@ -152,8 +153,9 @@ class _Stage:
         else:
             params = []
             given = self._on_the_way(params)
+        quantize = quantize_columns if self.grid.vector == 1 else quantize_vectors
         with self.clock.phase("columns"):
-            codes, _, loss = quantize_columns(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
+            codes, _, loss = quantize(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
         return codes, params, loss
 
     def _fixed(self, params) -> FixedParams:
@@ -184,6 +186,14 @@ class _Stage:
             scale, zero = (p[span.step] for p in self.grid.steps(params))
             D[span.columns] = self.grid.decode(self.grid.encode(Wt[span.columns], scale, zero), scale, zero)
         return _loss(D.sub_(target), self.H), _loss(target, self.H)
+
+
+def _by_activation(diagonal, vector):
+    """(I,) columns with the largest diagonal first; a vector's stay side by side and go by their largest."""
+    if vector == 1:
+        return diagonal.argsort(descending=True, stable=True)
+    first = diagonal.view(-1, vector).amax(1).argsort(descending=True, stable=True) * vector
+    return (first[:, None] + torch.arange(vector, device=first.device)).flatten()
 
 
 def _reorder(H, order):

@@ -15,6 +15,7 @@ import torch
 
 from ptq.grids.compiled import compiled
 from ptq.quantizers.kernels import sweep_block
+from ptq.quantizers.vectors import sweep_vectors
 
 COMPILED_BLOCK = 256  # columns between two local matrix products; a tile of rows of so many fits the second cache
 TINY = torch.finfo(torch.float32).tiny
@@ -95,7 +96,11 @@ class Local:
     def sweep(self, grid, numbers, generator, column_block):
         """Coordinate descent over the span's codes, in random order."""
         scale, zero = grid.steps(numbers)
-        order = torch.randperm(len(self.inner), generator=generator)
+        order = torch.randperm(len(self.inner) // grid.vector, generator=generator)
+        if grid.vector > 1:
+            matrices = self.inner, self.target, self.codes, self.D, self.gradient
+            sweep_vectors(grid, scale, zero, *matrices, self.span.step, order)
+            return
         if compiled(self.D):
             self._sweep_compiled(grid, scale, zero, order)
             return

@@ -28,6 +28,6 @@ def _round_blocks(W, params, grid) -> BlockTensor:
     width, codes = grid.columns_per_step(grid.span), torch.empty_like(W, dtype=torch.uint8)
     for s, numbers in enumerate(params):
         columns = slice(s * grid.span, (s + 1) * grid.span)
-        scale, zero = (p.repeat_interleave(width, 0).T for p in grid.steps(numbers))
-        codes[:, columns] = grid.encode(W[:, columns], scale, zero).to(torch.uint8)
+        scale, zero = (p.repeat_interleave(width, 0) for p in grid.steps(numbers))
+        codes[:, columns] = grid.encode(W[:, columns].T, scale, zero).to(torch.uint8).T
     return BlockTensor(codes, tuple(map(torch.stack, zip(*params, strict=True))), grid)

@@ -16,6 +16,7 @@ from ptq import QuantSpec, quantize, quantize_model
 from ptq.families.gguf import BY_MODEL_TYPE
 from ptq.formats.gguf import NARROWER
 from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.grids.blocks.codebook import CODEBOOKS
 from ptq.reload import open_weights
 from ptq.workdir import WorkFolder
 
@@ -69,7 +70,7 @@ def test_every_family(folder, model_type):
     assert np.linalg.norm(ours - expected) < 6e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("ggml_type", BLOCK_GRIDS)
+@pytest.mark.parametrize("ggml_type", [name for name in BLOCK_GRIDS if name not in CODEBOOKS] + ["IQ2_S"])
 def test_every_type(folder, ggml_type):
     """Rows of 64 and 128 do not fill every type's blocks: the types that take over are said, and the file loads."""
     source = make_tiny("llama", folder / "source")
@@ -84,6 +85,23 @@ def test_every_type(folder, ggml_type):
             assert tensor.tensor_type.name == expected[int(tensor.shape[0])]
     assert report["linears"]["model.layers.0.mlp.down_proj"]["error"] < 0.7
     assert open_llama(path, n_ctx=64).logits(np.arange(9)).shape == (9, 300)
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "model_type"), [*((name, "llama") for name in CODEBOOKS), ("IQ2_XXS", "qwen2"), ("IQ3_S", "qwen2")]
+)
+def test_codebooks_of_whole_blocks(folder, ggml_type, model_type):
+    """Rows of 256 weights: every linear is of the type, and llama.cpp computes with what it holds."""
+    source = make_tiny(model_type, folder / "source", blocks=1, hidden_size=256, intermediate_size=256)
+    path, report = made(folder, source, ggml_type=ggml_type, embed_type="F16", head_type="F16")
+    stored = types_of(path)
+    assert sum(kind == ggml_type for kind in stored.values()) == len(report["linears"]) == 7
+    assert all(entry["error"] < entry["error_gptq"] < entry["error_rtn"] for entry in report["linears"].values())
+    ids = np.load(folder / "h.npy")[0]
+    with torch.no_grad():
+        expected = dense(source, path)(torch.from_numpy(ids)[None]).logits[0].numpy()
+    ours = open_llama(path, n_ctx=64).logits(ids)
+    assert np.linalg.norm(ours - expected) < 3e-2 * np.linalg.norm(expected)
 
 
 def test_the_same_bytes_again_and_after_a_resume(folder, monkeypatch):

@@ -21,6 +21,8 @@ SHARES = {
     "Q4_0": (0.98, 0.97), "Q5_0": (1.00, 0.99), "Q8_0": (0.79, 0.89), "IQ4_NL": (0.95, 0.96),
     "Q4_1": (0.98, 0.99), "Q5_1": (0.99, 1.00), "Q2_K": (0.92, 0.84), "Q4_K": (0.97, 0.94),
     "Q5_K": (0.92, 0.88), "Q3_K": (0.98, 0.97), "Q6_K": (0.99, 0.98), "IQ4_XS": (0.94, 0.95),
+    "IQ2_XXS": (0.86, 0.75), "IQ2_XS": (0.86, 0.76), "IQ2_S": (0.89, 0.80), "IQ3_XXS": (0.91, 0.85),
+    "IQ3_S": (0.86, 0.84),
 }  # fmt: skip
 
 
@@ -37,13 +39,17 @@ def reference(W, name, importance):
 
 
 def rounded(W, name, importance):
-    """Our fit and nearest codes."""
+    """Our fit and nearest codes; of a codebook's vectors those that are nearest with the importance as weights."""
     grid = BLOCK_GRIDS[name]
     params, width = fit_spans(W, grid.span, grid.fit, importance), grid.columns_per_step(grid.span)
     codes = []
-    for w, numbers in zip(W.T.split(grid.span), params, strict=True):
+    for w, weight, numbers in zip(W.T.split(grid.span), importance.split(grid.span), params, strict=True):
         scale, zero = (p.repeat_interleave(width, 0) for p in grid.steps(numbers))
-        codes.append(grid.encode(w, scale, zero))
+        if grid.vector == 1:
+            codes.append(grid.encode(w, scale, zero))
+            continue
+        x, weight, scale = (t.T.reshape(-1, grid.vector) for t in (w, weight[:, None].expand_as(w), scale))
+        codes.append(grid.book.nearest(x, weight, scale[:, 0]).view(-1, grid.span).T)
     return BlockTensor(torch.cat(codes).T.to(torch.uint8), tuple(map(torch.stack, zip(*params, strict=True))), grid)
 
 

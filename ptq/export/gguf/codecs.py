@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ptq.export.gguf.codebooks import pack_blocks, unpack_blocks
 from ptq.export.gguf.fields import Bits, Half, SixBits, Trits
 from ptq.export.gguf.layout import EncodedTensor
 from ptq.export.gguf.types import BY_NAME
@@ -39,7 +40,7 @@ FIVE = Bits(CODES, 32, 1, run=1, shift=4), FOUR
 TWO_K, FOUR_K = Bits(CODES, 256, 2, run=32), Bits(CODES, 256, 4, run=32)
 RAMPS_K = Half(D), Half(M), SixBits(WHOLE)
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {  # those of codebooks are in codebooks.py
     "Q1_0": Layout((Half(D), Bits(CODES, 128, 1, run=1))),
     "TQ1_0": Layout((Trits(CODES), Half(D))),
     "TQ2_0": Layout((TWO_K, Half(D))),
@@ -78,8 +79,12 @@ LAYOUTS: dict[str, Layout] = {
 
 def pack(tensor: BlockTensor) -> np.ndarray:
     """Rows of bytes, uint8 (O, row bytes), in the type that the tensor's grid is named after."""
-    layout, grid, outputs = LAYOUTS[tensor.grid.name], tensor.grid, len(tensor.codes)
+    grid, outputs = tensor.grid, len(tensor.codes)
     blocks = [_by_block(p, outputs) for p in tensor.params]
+    if grid.vector > 1:
+        codes = tensor.codes.cpu().numpy().reshape(-1, grid.span)
+        return pack_blocks(grid.name, codes, *blocks).reshape(outputs, -1)
+    layout = LAYOUTS[grid.name]
     numbers = dict(enumerate(blocks[layout.wholes :], D))
     numbers[CODES] = tensor.codes.cpu().numpy().reshape(-1, grid.span) + np.uint8(layout.code_bias)
     if layout.wholes:
@@ -90,9 +95,13 @@ def pack(tensor: BlockTensor) -> np.ndarray:
 
 
 def unpack(rows: np.ndarray, name: str) -> BlockTensor:
-    """The tensor of rows of bytes, uint8 (O, row bytes), in llama.cpp's type `name`, a key of LAYOUTS."""
-    layout, grid, outputs = LAYOUTS[name], BLOCK_GRIDS[name], len(rows)
-    content, numbers, start = rows.reshape(-1, BY_NAME[name].block_bytes), {}, 0
+    """The tensor of rows of bytes, uint8 (O, row bytes), in llama.cpp's type `name`, a key of BLOCK_GRIDS."""
+    grid, outputs = BLOCK_GRIDS[name], len(rows)
+    content = rows.reshape(-1, BY_NAME[name].block_bytes)
+    if grid.vector > 1:
+        codes, *params = unpack_blocks(name, content)
+        return _tensor(codes, params, grid, outputs)
+    layout, numbers, start = LAYOUTS[name], {}, 0
     for field in layout.fields:
         found = field.read(content[:, start : start + field.nbytes])
         numbers[field.target] = found | numbers[field.target] if field.target in numbers else found
@@ -102,6 +111,10 @@ def unpack(rows: np.ndarray, name: str) -> BlockTensor:
     if layout.wholes:
         wholes = (numbers[WHOLE] - np.uint8(layout.whole_bias)).view(np.int8).astype(np.float32)
         params = np.split(wholes, layout.wholes, axis=1) + params
+    return _tensor(codes, params, grid, outputs)
+
+
+def _tensor(codes, params, grid, outputs):
     return BlockTensor(torch.from_numpy(codes.reshape(outputs, -1)), tuple(_by_span(p, outputs) for p in params), grid)
 
 

@@ -1,9 +1,10 @@
-"""The scalar block types of llama.cpp as grids, by llama.cpp's names."""
+"""The block types of llama.cpp as grids, by llama.cpp's names."""
 
 from ptq.grids.blocks.levels import Even, Ramp, Table
 from ptq.grids.blocks.mins import MinsGrid
 from ptq.grids.blocks.scaled import ScaledGrid
 from ptq.grids.blocks.single import RampGrid, SingleGrid
+from ptq.grids.blocks.vectors import VectorGrid
 from ptq.grids.grid import BlockGrid
 
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -27,5 +28,10 @@ BLOCK_GRIDS: dict[str, BlockGrid] = {
         ScaledGrid("Q3_K", 16, 32, Even(8, 4)),
         ScaledGrid("Q6_K", 16, 128, Even(64, 32)),
         ScaledGrid("IQ4_XS", 32, 32, Table(IQ4_TABLE)),
+        VectorGrid("IQ2_XXS", 32, 1 / 8),
+        VectorGrid("IQ2_XS", 16, 1 / 8),
+        VectorGrid("IQ2_S", 16, 1 / 8),
+        VectorGrid("IQ3_XXS", 32, 1 / 4),
+        VectorGrid("IQ3_S", 32, 1.0),
     )
 }

@@ -41,7 +41,7 @@ class Even:
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats; at scale 0, where all values are the same, those of scale 1."""
-        return (w / _nonzero(scale) + zero).round_().clamp_(0, self.count - 1)
+        return (w / nonzero(scale) + zero).round_().clamp_(0, self.count - 1)
 
     def decode(self, codes, scale, zero):
         """Values of codes."""
@@ -76,7 +76,7 @@ class Table:
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats; at scale 0, where all values are 0, those of scale 1."""
-        halves = (w / _nonzero(scale)).mul_(2).ceil_().clamp_(2 * self.table[0], 2 * self.table[-1])
+        halves = (w / nonzero(scale)).mul_(2).ceil_().clamp_(2 * self.table[0], 2 * self.table[-1])
         return _look_up(_nearest(self.table, halves.dtype, halves.device), halves.sub_(2 * self.table[0]))
 
     def decode(self, codes, scale, zero):
@@ -97,7 +97,7 @@ class Ramp:
 
     def encode(self, w, scale, zero):
         """Nearest codes, as floats."""
-        return ((w + zero) / _nonzero(scale)).round_().clamp_(0, self.count - 1)
+        return ((w + zero) / nonzero(scale)).round_().clamp_(0, self.count - 1)
 
     def decode(self, codes, scale, zero):
         """Values of codes: a product, then a difference."""
@@ -108,6 +108,7 @@ class Levelled:
     """A grid whose codes mean what its `levels` say."""
 
     levels: Even | Table | Ramp
+    vector = 1
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -140,7 +141,8 @@ def half_or_nan(x):
     return torch.where(rounded == 0, torch.nan, rounded)
 
 
-def _nonzero(scale):
+def nonzero(scale):
+    """Scales with 1 in place of 0, under which any code will do."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
