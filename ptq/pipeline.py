@@ -1,7 +1,7 @@
 """From a model folder to a verified, measured artefact: the order of the steps, and nothing else.
 
-open -> calibrate -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be refused is
-refused before the walk; the output folder appears only when all of it is true.
+open -> calibrate -> settle types -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be
+refused is refused before the walk; the output folder appears only when all of it is true.
 """
 
 import json
@@ -166,9 +166,11 @@ class _Job:
 def _run(job: _Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
     streamed, kind, clock = job.streamed, job.kind, job.clock
-    walk = Walk(streamed, job.spec, kind.codec, work, clock, budget=job.budget)
-    walk.run(job.drawn and job.drawn.tokens)
-    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.budget).run(job.drawn and job.drawn.tokens)
+    tokens = job.drawn and job.drawn.tokens
+    with clock.phase("types"):
+        embed = kind.prepare(streamed, work, tokens, budget=job.budget)
+    Walk(streamed, job.spec, kind.codec, work, clock, budget=job.budget, embed=embed).run(tokens)
+    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.budget).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
@@ -197,6 +199,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "tuning": work.tuned_report(),
         "generations": generations,
+        "mixture": kind.mixture_report(work),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,13 +1,16 @@
 """python -m ptq.quantize: a model folder in, a verified and measured GPTQ folder out."""
 
 import argparse
+import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 from calibration.corpora import CORPORA
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.mixture.recipes import MIXES
 from ptq.pipeline import Artefact, quantize_model
 from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe
 
@@ -54,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
                       "gguf: one file for llama.cpp; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
                       help="gguf: " + " ".join(BLOCK_GRIDS)
+                      + "\nfor all linears, or one of llama.cpp's mixes: " + " ".join(MIXES)
                       + "\n(default: by --bits: Q1_0, TQ1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
+    grid.add_argument("--target-bpw", type=float, metavar="N",
+                      help="gguf: bits a weight, embeddings included; each\n"
+                      "tensor gets the type that measuring says")  # fmt: skip
+    grid.add_argument("--target-size", type=_bytes, metavar="SIZE",
+                      help="gguf: the same for the whole file: 1.1GB, 900MB, 1GiB, or bytes")  # fmt: skip
     grid.add_argument("--embed-type", type=str.upper, metavar="TYPE",
                       help="gguf: type of the token embedding, also F16, BF16, F32 (default: Q6_K)")  # fmt: skip
     grid.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name, where it is not recognised")
@@ -127,6 +136,8 @@ def _quantize(args, command):
         desc_act=args.act_order,
         checkpoint_format=args.format,
         ggml_type=args.type,
+        target_bpw=args.target_bpw,
+        target_bytes=args.target_size,
         embed_type=args.embed_type,
         head_type=args.head_type,
         pre_tokenizer=args.pre_tokenizer,
@@ -150,6 +161,15 @@ def _quantize(args, command):
     print(summary(artefact))
 
 
+def _bytes(text: str) -> int:
+    """A size as a user writes it: a number, and B, kB, MB, GB or their binary kin."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *(?:([kmgt]?)(i?)b)?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1.1GB, 900MB, 1GiB or 1100000000")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
 def summary(artefact: Artefact) -> str:
     """The closing table."""
     report = artefact.report
@@ -166,9 +186,21 @@ def summary(artefact: Artefact) -> str:
     ]
     rows += [(f"peak memory, {kind}", "", size_text(n)) for kind, n in report["peak_memory_bytes"].items()]
     lines = [table(rows), "", *report.get("notes", [])]
+    if report["mixture"]:
+        lines += [_budgets(report["mixture"]), ""]
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
     return "\n".join([*lines, "", f"written: {artefact.folder}"])
+
+
+def _budgets(mixture):
+    """What other sizes would give, and what this one took."""
+    rows = [("best types within", "bits per weight", "predicted KL")]
+    for row in mixture["table"]:
+        chosen = " *" if row["budget"] == mixture["budget"] else ""
+        rows.append((size_text(row["budget"]), f"{row['bits']:.3f}", f"{row['kl']:.4g}{chosen}"))
+    counts = Counter(mixture["types"].values())
+    return table(rows) + "\n\ntypes: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 if __name__ == "__main__":
