@@ -128,6 +128,10 @@ class QuantSpec:
                 "--target-bpw and --target-size are two ways to say one thing: give one",
             ),
             (
+                self.target_bpw is None or 0 < self.target_bpw <= 32,
+                f"--target-bpw {self.target_bpw} is not a number of bits from 0 to 32",
+            ),
+            (
                 not self.has_target or self.checkpoint_format == "gguf",
                 f"a target size chooses llama.cpp's types: it needs format gguf, not {self.checkpoint_format}",
             ),
