@@ -22,7 +22,7 @@ def pristine(tmp_path_factory):
     make_tiny("llama", folder / "model", tie=True)
     token_file(folder / "c.npy", 6, 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir()
+        patch.chdir(folder)
         made(out="expected", target_bpw=4.0)
     return folder
 
