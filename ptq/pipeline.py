@@ -1,7 +1,7 @@
 """From a model folder to a verified, measured artefact: the order of the steps, and nothing else.
 
-open -> calibrate -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be refused is
-refused before the walk; the output folder appears only when all of it is true.
+open -> calibrate -> settle types -> walk -> write aside -> read back and compare -> measure -> rename. Whatever can be
+refused is refused before the walk; the output folder appears only when all of it is true.
 """
 
 import json
@@ -182,10 +182,16 @@ class _Job:
             "ranks": self.ranks.size,
         }
 
-    def walk(self, work: WorkFolder | Scratch):
+    def settled(self, work: WorkFolder | None = None):
+        """Lets the first rank settle what comes before the walk, and every rank adopt it; gives the walk's `embed`."""
+        tokens, budget = self.drawn and self.drawn.tokens, self.plan.activations
+        prepared = self.ranks.from_first(lambda: self.kind.prepare(self.streamed, work, tokens, budget=budget))
+        return self.kind.adopt(prepared)
+
+    def walk(self, work: WorkFolder | Scratch, embed):
         """Walks this rank's share."""
         walk = Walk(
-            self.streamed, self.spec, self.kind.codec, work, self.clock,
+            self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed,
             budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks,
         )  # fmt: skip
         walk.run(self.drawn and self.drawn.tokens)
@@ -210,7 +216,7 @@ def _follow(job: _Job, out: Path):
     """What other ranks than the first do."""
     scratch = Scratch(out, job.ranks.rank)
     try:
-        job.walk(scratch)
+        job.walk(scratch, job.settled())
     finally:
         scratch.close()
 
@@ -218,9 +224,11 @@ def _follow(job: _Job, out: Path):
 def _run(job: _Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
     streamed, kind, clock = job.streamed, job.kind, job.clock
-    job.walk(work)
-    tuning = ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations)
-    tuning.run(job.drawn and job.drawn.tokens)
+    tokens = job.drawn and job.drawn.tokens
+    with clock.phase("types"):
+        embed = job.settled(work)
+    job.walk(work, embed)
+    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):
@@ -249,6 +257,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "tuning": work.tuned_report(),
         "generations": generations,
+        "mixture": kind.mixture_report(work),
         "linears": per_linear,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")

@@ -4,12 +4,14 @@ import argparse
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 from calibration.corpora import CORPORA
 from calibration.ranks import join_ranks
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.mixture.recipes import MIXES
 from ptq.pipeline import Artefact, quantize_model
 from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
 
@@ -56,7 +58,13 @@ def parser() -> argparse.ArgumentParser:
                       "gguf: one file for llama.cpp; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
                       help="gguf: " + " ".join(BLOCK_GRIDS)
+                      + "\nfor all linears, or one of llama.cpp's mixes: " + " ".join(MIXES)
                       + "\n(default: by --bits: Q1_0, TQ1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
+    grid.add_argument("--target-bpw", type=float, metavar="N",
+                      help="gguf: bits a weight, embeddings included; each\n"
+                      "tensor gets the type that measuring says")  # fmt: skip
+    grid.add_argument("--target-size", type=_bytes, metavar="SIZE",
+                      help="gguf: the same for the whole file: 1.1GB, 900MB, 1GiB, or bytes")  # fmt: skip
     grid.add_argument("--embed-type", type=str.upper, metavar="TYPE",
                       help="gguf: type of the token embedding, also F16, BF16, F32 (default: Q6_K)")  # fmt: skip
     grid.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name, where it is not recognised")
@@ -97,20 +105,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what blocks compute in")
     run.add_argument("--activation-memory", metavar="GB", type=float,
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
-    run.add_argument("--max-memory", metavar="SIZE", type=_size,
+    run.add_argument("--max-memory", metavar="SIZE", type=_bytes,
                      help="resident memory at most, as 4GB or 800MB; on a CPU, at --effort fast")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
-
-
-def _size(text) -> int:
-    """Bytes of "4GB", "800MB" or "1.5 GB"; a number alone is in GB."""
-    match = re.fullmatch(r"([0-9.]+) ?([kMG]?)B?", text)
-    try:
-        return int(float(match[1]) * {"k": 1e3, "M": 1e6, "G": 1e9, "": 1e9}[match[2]])
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GB or 800MB") from None
 
 
 def main(argv=None):
@@ -138,6 +137,8 @@ def _quantize(args, command, ranks):
         desc_act=args.act_order,
         checkpoint_format=args.format,
         ggml_type=args.type,
+        target_bpw=args.target_bpw,
+        target_bytes=args.target_size,
         embed_type=args.embed_type,
         head_type=args.head_type,
         pre_tokenizer=args.pre_tokenizer,
@@ -164,6 +165,15 @@ def _quantize(args, command, ranks):
         print(summary(artefact))
 
 
+def _bytes(text: str) -> int:
+    """A size as a user writes it: a number, and B, kB, MB, GB or their binary kin."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *(?:([kmgt]?)(i?)b)?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1.1GB, 900MB, 1GiB or 1100000000")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
 def summary(artefact: Artefact) -> str:
     """The closing table."""
     report = artefact.report
@@ -181,6 +191,8 @@ def summary(artefact: Artefact) -> str:
     ]
     rows += [(f"peak memory, {kind}", "", size_text(n)) for kind, n in report["peak_memory_bytes"].items()]
     lines = [table(rows), "", *report.get("notes", [])]
+    if report["mixture"]:
+        lines += [_budgets(report["mixture"]), ""]
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
     return "\n".join([*lines, "", f"written: {artefact.folder}"])
@@ -190,6 +202,14 @@ def _shortest(bits):
     """What two or three values need, where the file's 2-bit words take more."""
     if bits["shortest"] < bits["linears"]:
         yield "the same, were codes as short as may be", "", f"{bits['shortest']:.2f}"
+def _budgets(mixture):
+    """What other sizes would give, and what this one took."""
+    rows = [("best types within", "bits per weight", "predicted KL")]
+    for row in mixture["table"]:
+        chosen = " *" if row["budget"] == mixture["budget"] else ""
+        rows.append((size_text(row["budget"]), f"{row['bits']:.3f}", f"{row['kl']:.4g}{chosen}"))
+    counts = Counter(mixture["types"].values())
+    return table(rows) + "\n\ntypes: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ class QuantSpec:
         checkpoint_format: "gptq" (v1, stores zero-1), "gptq_v2" (stores zero) or "gguf" (llama.cpp's files).
         ggml_type: GGUF: llama.cpp's type of the linears; None for the usual one of `bits`. It decides the grid:
             bits, group_size and sym are not used.
-        embed_type: GGUF: type of the token embedding; None for Q6_K, or Q8_0 where rows do not fill its blocks.
+            Or the name of one of llama.cpp's mixes, such as Q4_K_M.
+        target_bpw: GGUF: bits a weight, embeddings included, of all tensors: a type is chosen for each by measurement.
+        target_bytes: GGUF: the same for the bytes of the whole file.
+        embed_type: GGUF: type of the token embedding; None for Q6_K, or Q8_0 where rows do not fill its blocks, or
+            what a recipe or target chooses.
         head_type: GGUF: the same for a separate output head.
         pre_tokenizer: GGUF: llama.cpp's name of the tokenizer's first step; None to recognise it.
         seed: Draws the calibration windows and the order of refinement sweeps.
@@ -63,6 +67,8 @@ class QuantSpec:
     correction: float = 1.0
     checkpoint_format: str = "gptq"
     ggml_type: str | None = None
+    target_bpw: float | None = None
+    target_bytes: int | None = None
     embed_type: str | None = None
     head_type: str | None = None
     pre_tokenizer: str | None = None
@@ -118,6 +124,26 @@ class QuantSpec:
                 f"types are llama.cpp's: they need format gguf, not {self.checkpoint_format}",
             ),
             (
+                self.target_bpw is None or self.target_bytes is None,
+                "--target-bpw and --target-size are two ways to say one thing: give one",
+            ),
+            (
+                self.target_bpw is None or 0 < self.target_bpw <= 32,
+                f"--target-bpw {self.target_bpw} is not a number of bits from 0 to 32",
+            ),
+            (
+                not self.has_target or self.checkpoint_format == "gguf",
+                f"a target size chooses llama.cpp's types: it needs format gguf, not {self.checkpoint_format}",
+            ),
+            (
+                not self.has_target or self.ggml_type is None,
+                f"type {self.ggml_type} and a target size exclude each other: the target chooses the types",
+            ),
+            (
+                not self.has_target or self.method == "gptq",
+                f"a target size is met by measuring on text: it needs method gptq, not {self.method}",
+            ),
+            (
                 self.checkpoint_format != "gguf" or not self.desc_act,
                 "desc_act forms groups along the activation order; GGUF files have no place for it",
             ),
@@ -137,6 +163,18 @@ class QuantSpec:
         for holds, message in rules:
             if not holds:
                 raise InputError(message)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether types are chosen under a size."""
+        return self.target_bpw is not None or self.target_bytes is not None
+
+    @property
+    def label(self) -> str | None:
+        """What a GGUF file is called after its model's name: the type, or the target."""
+        if self.target_bpw is not None:
+            return f"{self.target_bpw:g}bpw"
+        return self.ggml_type if self.target_bytes is None else f"{self.target_bytes / 1e6:.0f}MB"
 
     @property
     def trains(self) -> bool:

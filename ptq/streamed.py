@@ -124,6 +124,38 @@ class StreamedModel:
         with replaced_blocks(self.blocks, forwards):
             return self.model(inputs_embeds=unused, use_cache=False).logits.view(*hidden.shape[:2], -1)
 
+    def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output head reads, (batch, T, D), for the last block's output; inside outside(head=True)."""
+        read = []
+
+        def record(x):
+            read.append(x)
+            return x[..., :1]
+
+        with replaced_blocks([self.model.get_output_embeddings()], [record]):
+            self.logits(hidden)
+        return read[0]
+
+    @property
+    def embedding_key(self) -> str:
+        """The token embedding's name in the checkpoint."""
+        return self._keys[self._embedding]
+
+    @property
+    def head_key(self) -> str | None:
+        """A separate output head's name in the checkpoint; None where the embedding is the head."""
+        return None if self._tied else self._keys[self._head]
+
+    @property
+    def embedding_weight(self) -> torch.Tensor:
+        """The loaded embedding (V, D)."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The loaded head (V, D); the embedding where that is the head."""
+        return self.model.get_output_embeddings().weight
+
     def _base(self, tokens):
         base = getattr(self.model, self.model.base_model_prefix)
         return base(input_ids=tokens.to(self.device), use_cache=False)

@@ -11,6 +11,7 @@ solutions gathered, so every rank's block is the same one. Rank 0 alone holds th
 Methods that train whole blocks (blockwise.py) take the place of the stages; saving, resuming and streams are the same.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -75,13 +76,16 @@ class Walk:
             between blocks, half to forwards halted inside one; either half is shared by the two streams.
         sums_on_disk: Keep sums of H and G, and G - H for a while, in files.
         ranks: This process's place among those that share the work; methods that train want one alone.
+        embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
+            the model's own.
     """
 
     def __init__(
         self, model: StreamedModel, spec, codec, work: WorkFolder | Scratch, clock: Clock,
         *, budget: int | None = None, sums_on_disk: bool = False, ranks: Ranks = ALONE,
+        embed: Callable[[torch.Tensor], None] | None = None,
     ):  # fmt: skip
-        self.model, self.spec, self.codec = model, spec, codec
+        self.model, self.spec, self.codec, self.embed = model, spec, codec, embed
         self.work, self.clock, self.budget, self.ranks = work, clock, budget, ranks
         self.sums = work.folder / "activations" / "sums" if sums_on_disk else None
 
@@ -128,12 +132,17 @@ class Walk:
         streams, by_rows = Streams(quantized, ActivationStore(spill / "full", share) if two else None), {}
         rows = self.spec.train_rows if self.spec.trains else _rows_of_batch(tokens)
         batches = tokens.split(rows)
+        batches = batches[self.ranks.share(len(batches))]
         with self.model.outside(head=False):
-            for batch in batches[self.ranks.share(len(batches))]:
+            for batch in batches:
                 hidden, arguments = self.model.embed(batch)
                 streams.arguments.append(by_rows.setdefault(len(batch), arguments))
                 for store in streams:
                     store.append(hidden)
+            if self.embed is not None:
+                self.embed(self.model.embedding_weight)
+                for b, batch in enumerate(batches):
+                    streams.quantized[b], _ = self.model.embed(batch)
         return streams
 
     def _replay_block(self, i, streams):
@@ -302,28 +311,48 @@ class Walk:
     def _solve_stage(self, i, stage, H, G, salt):
         """(QuantizedTensor, report entry) of each linear of a stage."""
         with self.clock.phase("solve"):
-            weights = [self.model.weight(i, name) for name in stage]
-            grid = self.codec.grid(weights[0].shape[1])
-            rows = self._own_rows(sum(map(len, weights)))
-            try:
-                solution = gptq(
-                    weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, rows=rows,
-                    spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
-                )  # fmt: skip
-            except InputError as error:
-                raise InputError(f"{self.model.stored_name(i, stage[0])}: {error}") from None
-            solution, solved, start = solution.gathered(self.ranks.gather), [], 0
-            for name in stage:
-                rows = slice(start, start := start + self.model.weight(i, name).shape[0])
-                energy = float(solution.energy[rows].sum()) or 1.0
-                entry = {
-                    "error": float(solution.loss[rows].sum()) / energy,
-                    "error_gptq": float(solution.loss_gptq[rows].sum()) / energy,
-                    "error_rtn": float(solution.loss_rtn[rows].sum()) / energy,
-                    "dead_inputs": solution.dead,
-                    "damp_percent": solution.damp_percent,
-                }
-                solved.append((solution.quantized.rows(rows), entry))
+            solved, groups = {}, self._by_grid(i, stage)
+            for k, (grid, names) in enumerate(groups):
+                last = k == len(groups) - 1  # the solver uses up what it is given
+                moments = [m if m is None or last else m.clone() for m in (H, G)]
+                solved |= self._solve_together(i, names, grid, *moments, salt)
+        return [solved[name] for name in stage]
+
+    def _by_grid(self, i, stage):
+        """(grid, linears) of a stage; those of one grid are solved together."""
+        groups = []
+        for name in stage:
+            grid = self.codec.grid(self.model.stored_name(i, name), self.model.weight(i, name).shape[1])
+            names = next((names for other, names in groups if other is grid), None)
+            if names is None:
+                groups.append((grid, [name]))
+            else:
+                names.append(name)
+        return groups
+
+    def _solve_together(self, i, names, grid, H, G, salt):
+        """(QuantizedTensor, report entry) by name, of linears that share inputs and grid."""
+        weights = [self.model.weight(i, name) for name in names]
+        rows = self._own_rows(sum(map(len, weights)))
+        try:
+            solution = gptq(
+                weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, rows=rows,
+                spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{self.model.stored_name(i, names[0])}: {error}") from None
+        solution, solved, start = solution.gathered(self.ranks.gather), {}, 0
+        for name, W in zip(names, weights, strict=True):
+            rows = slice(start, start := start + W.shape[0])
+            energy = float(solution.energy[rows].sum()) or 1.0
+            entry = {
+                "error": float(solution.loss[rows].sum()) / energy,
+                "error_gptq": float(solution.loss_gptq[rows].sum()) / energy,
+                "error_rtn": float(solution.loss_rtn[rows].sum()) / energy,
+                "dead_inputs": solution.dead,
+                "damp_percent": solution.damp_percent,
+            }
+            solved[name] = solution.quantized.rows(rows), entry
         return solved
 
     def _own_rows(self, count):
@@ -337,7 +366,7 @@ class Walk:
         with self.clock.phase("solve"):
             for name in stage:
                 W = self.model.weight(i, name).float()
-                qt = rtn(W, self.spec, self.codec.grid(W.shape[1]))
+                qt = rtn(W, self.spec, self.codec.grid(self.model.stored_name(i, name), W.shape[1]))
                 error = float((qt.dequantize() - W).square().sum() / W.square().sum().clamp(min=1e-30))
                 solved.append((qt, {"error": error, "error_rtn": error}))
         return solved

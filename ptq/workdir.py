@@ -1,7 +1,8 @@
 """The work folder of a run: what is finished survives a kill, and only the same run may go on with it.
 
 `<out>.ptq-work/` lies beside the output. It holds run.json (what the run is), one safetensors file a finished block,
-one with what tuning changed in them, spilled activations, and the artefact while it is written. Every file is written
+one with what tuning changed in them, others with what was settled before the first, spilled activations, and the
+artefact while it is written. Every file is written
 aside, synced and renamed, so a name that exists is whole. The lock is the operating system's: it goes with the process
 that holds it.
 """
@@ -27,7 +28,7 @@ SUFFIX = ".ptq-work"
 class WorkFolder:
     """Locks and opens the work folder of an output folder.
 
-    An earlier run counts from its first finished block on; before that there is nothing to go on with.
+    An earlier run counts from the first thing it finished; before that there is nothing to go on with.
 
     Args:
         out: The output folder-to-be.
@@ -71,7 +72,7 @@ class WorkFolder:
 
     def _claim(self, identity, resume):
         record = self.folder / "run.json"
-        if not record.exists() or not any(self._blocks()):
+        if not record.exists() or not self._finished():
             self._empty()
             write_atomically(record, json.dumps(identity, indent=2).encode())
             return
@@ -90,9 +91,10 @@ class WorkFolder:
             if not _is_whole(path):
                 path.unlink()
                 self._tuned.unlink(missing_ok=True)  # tuning begins when all blocks are there
-        if self.has_tuned and not _is_whole(self._tuned):
-            self._tuned.unlink()
-        self.resumed = any(self._blocks())
+        for path in self._finished():
+            if not _is_whole(path):
+                path.unlink()
+        self.resumed = bool(self._finished())
 
     def _remove_made(self):
         for path in self._made:
@@ -101,6 +103,9 @@ class WorkFolder:
 
     def _blocks(self):
         return sorted(self.folder.glob("block-*.safetensors"))
+
+    def _finished(self):
+        return sorted(self.folder.glob("*.safetensors"))
 
     def _empty(self):
         for path in self.folder.iterdir():
@@ -139,6 +144,23 @@ class WorkFolder:
         """
         self._save(self._tuned, tensors, report)
 
+    def has_part(self, name: str) -> bool:
+        """Whether something that is settled before the first block is."""
+        return self._part(name).exists()
+
+    def save_part(self, name: str, tensors: dict[str, torch.Tensor], report: dict):
+        """Keeps it: tensors and a report."""
+        self._save(self._part(name), tensors, report)
+
+    def part_report(self, name: str) -> dict:
+        """Its report."""
+        return _report(self._part(name))
+
+    def part_tensor(self, name: str, tensor: str) -> torch.Tensor:
+        """One of its tensors."""
+        with _open_block(self._part(name)) as file:
+            return file.get_tensor(tensor).clone()
+
     def tuned_report(self) -> dict | None:
         """The report of tuning without its linears; None before it is finished."""
         return {k: v for k, v in _report(self._tuned).items() if k != "linears"} if self.has_tuned else None
@@ -176,7 +198,10 @@ class WorkFolder:
 
     @property
     def _tuned(self):
-        return self.folder / "tuned.safetensors"
+        return self._part("tuned")
+
+    def _part(self, name):
+        return self.folder / f"{name}.safetensors"
 
     def _block(self, i):
         return self.folder / f"block-{i:05d}.safetensors"
@@ -199,8 +224,8 @@ class WorkFolder:
         self._lock.close()
 
     def close(self):
-        """Lets go of the lock; the folder stays for --resume if a block in it is finished."""
-        if not self._lock.closed and not any(self._blocks()):
+        """Lets go of the lock; the folder stays for --resume if anything in it is finished."""
+        if not self._lock.closed and not self._finished():
             self.discard()
         self._lock.close()
 

@@ -45,25 +45,30 @@ class Reference:
         library.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.squares = mean_squares(model, tokens, self.streamed)
 
-    def write(self, path, ggml_type=None):
-        """Writes a file with all linears in one type, or, without a type, all in F32."""
+    def write(self, path, types=None, extra=None):
+        """Writes a file whose linears and tables have the types given by name, or, without types, all in F32.
+
+        Linears take their importance along; llama-imatrix gathers none for embedding and head.
+        """
         source, encoded = self.streamed.checkpoint, {}
-        for linear, squares in self.squares.items() if ggml_type else ():
-            read = partial(self._quantize, f"{linear}.weight", squares, ggml_type)
-            encoded[f"{linear}.weight"] = EncodedTensor(BY_NAME[ggml_type].number, read)
+        for name, ggml_type in (types or {}).items():
+            weight = f"{name}.weight" if name in self.squares else name
+            read = partial(self._quantize, weight, self.squares.get(name), ggml_type)
+            encoded[weight] = EncodedTensor(BY_NAME[ggml_type].number, read)
         config, tokenizer = self.streamed.config, load_tokenizer(source.folder)
-        kind = "F16" if ggml_type else "F32"
-        write_gguf(path, source, encoded, config=config, tokenizer=tokenizer, float_type=kind)
+        kind = "F16" if types else "F32"
+        write_gguf(path, source, encoded, config=config, tokenizer=tokenizer, float_type=kind, extra=extra)
 
     def _quantize(self, name, squares, ggml_type):
         W = self.streamed.checkpoint.read([name])[name].float()
         outputs, inputs = W.shape
         rows = np.empty((outputs, BY_NAME[ggml_type].row_bytes(inputs)), np.uint8)
-        values, importance = W.contiguous(), squares.contiguous()
+        values = W.contiguous()
+        importance = None if squares is None else ctypes.c_void_p(squares.contiguous().data_ptr())
         self.library.ggml_quantize_chunk(
             BY_NAME[ggml_type].number, ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(rows.ctypes.data),
             ctypes.c_int64(0), ctypes.c_int64(outputs), ctypes.c_int64(inputs),
-            ctypes.c_void_p(importance.data_ptr()),
+            importance,
         )  # fmt: skip
         return rows
 
@@ -76,12 +81,21 @@ def mean_squares(model, tokens, streamed):
         linear = whole.get_submodule(f"{streamed.block_name(i)}.{name}")
         linear.register_forward_pre_hook(partial(_note, sums, streamed.stored_name(i, name)))
     for rows in tokens.split(4):
-        whole(rows)
+        whole.base_model(rows)  # no logits
     return {key: total / tokens.numel() for key, total in sums.items()}
 
 
 def _note(sums, key, _, inputs):
     sums[key] = sums.get(key, 0) + inputs[0].float().square().flatten(0, -2).sum(0)
+
+
+def predictions(reference, windows, client, path):
+    """Log-probabilities of the F32 file on each window."""
+    reference.write(path)
+    model = client.Llama(str(path), n_ctx=windows.shape[1], threads=1)
+    full = [torch.from_numpy(np.array(model.logits(row.tolist()))).log_softmax(-1)[:-1] for row in windows]
+    model.close()
+    return full
 
 
 def measure(path, full, windows, client):
@@ -95,14 +109,6 @@ def measure(path, full, windows, client):
         count += len(ours)
     model.close()
     return {"perplexity": float(np.exp(nll / count)), "kl": divergence / count, "bytes": Path(path).stat().st_size}
-
-
-def ours(model, ggml_type, seed, calibration, out):
-    """Our file."""
-    spec = QuantSpec(checkpoint_format="gguf", ggml_type=ggml_type, embed_type="F16", head_type="F16", seed=seed)
-    folder = quantize_model(model, spec, out=out, calibration=calibration, heldout="none").folder
-    (path,) = folder.glob("*.gguf")
-    return path
 
 
 def main():
@@ -130,11 +136,7 @@ def main():
             if not todo:
                 continue
             reference = Reference(args.model, torch.from_numpy(np.load(calibration)).long(), ctypes.CDLL(llamac._lib()))
-            if full is None:
-                reference.write(scratch / "f32.gguf")
-                model = llamac.Llama(str(scratch / "f32.gguf"), n_ctx=windows.shape[1], threads=1)
-                full = [torch.from_numpy(np.array(model.logits(r.tolist()))).log_softmax(-1)[:-1] for r in windows]
-                model.close()
+            full = full or predictions(reference, windows, llamac, scratch / "f32.gguf")
             for ggml_type, tool in todo:
                 start = time.process_time()
                 if tool == "ptq":
@@ -147,7 +149,7 @@ def main():
                     (path,) = folder.glob("*.gguf")
                 else:
                     path = scratch / "reference.gguf"
-                    reference.write(path, ggml_type)
+                    reference.write(path, dict.fromkeys(reference.squares, ggml_type))
                 seconds = time.process_time() - start
                 row = {"model": Path(args.model).name, "type": ggml_type, "seed": seed, "tool": tool}
                 row |= measure(path, full, windows, llamac) | {"cpu_seconds": round(seconds, 2)}

@@ -44,7 +44,7 @@ class GptqCodec:
     group_size: int
     checkpoint_format: str
 
-    def grid(self, inputs: int) -> None:
+    def grid(self, linear: str, inputs: int) -> None:
         """The uniform groups that the spec names: no grid of its own."""
 
     def pack(self, qt: QuantizedTensor) -> dict[str, torch.Tensor]:

@@ -19,17 +19,16 @@ from ptq.export.runtimes import Runtime
 from ptq.formats.gptq import changed_tensors
 from ptq.gguf.weights import GgufCheckpoint
 from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.grids.grid import BlockGrid
+from ptq.mixture.assignment import fitting
+from ptq.mixture.mixture import PLAN, Mixture
+from ptq.mixture.recipes import MIXES
 from ptq.qtensor import BlockTensor, digest
 from ptq.quantizers.rtn import round_fitted
 from ptq.reload import load_tokenizer
 
 TYPE_OF_BITS = {1: "Q1_0", 1.58: "TQ1_0", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-NARROWER = {  # for rows that do not fill a type's blocks, the nearest types that have shorter ones
-    "Q1_0": "Q2_0", "Q2_K": "Q2_0", "TQ1_0": "Q2_0", "TQ2_0": "Q2_0", "Q2_0": "IQ4_NL", "Q3_K": "IQ4_NL",
-    "IQ4_XS": "IQ4_NL", "IQ2_XXS": "Q2_0", "IQ2_XS": "Q2_0", "IQ2_S": "Q2_0", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL",
-    "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
-OUTER_TYPE = "Q6_K"  # of embedding and head, where the user does not say: hardly worse than F16
+TYPES = (*BLOCK_GRIDS, *MIXES)
 EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "wte"), ("lm_head", "embed_out")
 OUTER_TYPES = (*BLOCK_GRIDS, *FLOAT_TYPES)
 CHUNK = 1 << 22  # weights of an embedding encoded at once
@@ -46,29 +45,18 @@ def check_type(flag: str, name: str | None, known):
 
 
 class GgufCodec:
-    """Grids and bytes of one type, and of the narrower ones where rows do not fill its blocks."""
+    """Grids and bytes of linears.
 
-    def __init__(self, ggml_type: str):
-        self.ggml_type = ggml_type
+    Args:
+        types: llama.cpp's type of each, by name; may be filled later.
+    """
 
-    def type_for(self, inputs: int) -> str:
-        """The type that rows of so many weights get.
+    def __init__(self, types: dict[str, str]):
+        self.types = types
 
-        Raises:
-            InputError: No block divides them.
-        """
-        name = self.ggml_type
-        while inputs % BY_NAME[name].block:
-            if name not in NARROWER:
-                raise InputError(
-                    f"rows of {inputs} weights do not fill the blocks of {self.ggml_type} or a narrower type"
-                )
-            name = NARROWER[name]
-        return name
-
-    def grid(self, inputs: int):
-        """The values of that type."""
-        return BLOCK_GRIDS[self.type_for(inputs)]
+    def grid(self, linear: str, inputs: int) -> BlockGrid:
+        """The values of its type."""
+        return BLOCK_GRIDS[self.types[linear]]
 
     def pack(self, tensor: BlockTensor) -> dict[str, torch.Tensor]:
         """Row bytes (O, bytes) under the type's name."""
@@ -91,10 +79,10 @@ class GgufFormat:
     """
 
     def __init__(self, spec):
-        if spec.ggml_type is None and spec.bits not in TYPE_OF_BITS:
+        if spec.ggml_type is None and not spec.has_target and spec.bits not in TYPE_OF_BITS:
             raise InputError(f"bits {spec.bits}: no llama.cpp type is the usual one for them; choose with --type")
-        self.ggml_type = spec.ggml_type or TYPE_OF_BITS[spec.bits]
-        check_type("type", self.ggml_type, BLOCK_GRIDS)
+        ggml_type = spec.ggml_type if spec.has_target else spec.ggml_type or TYPE_OF_BITS[spec.bits]
+        check_type("type", ggml_type, TYPES)
         outer = {"embed-type": spec.embed_type, "head-type": spec.head_type}
         for flag, name in outer.items():
             check_type(flag, name, OUTER_TYPES)
@@ -107,31 +95,48 @@ class GgufFormat:
             raise InputError(f"method {spec.method!r} trains uniform groups: --format gguf takes gptq or rtn")
         if spec.refined:
             raise InputError("effort above fast trains uniform groups: --format gguf takes --effort fast")
-        self.spec, self.codec = replace(spec, ggml_type=self.ggml_type), GgufCodec(self.ggml_type)
+        self.float_type = min(floats, default="F16")
+        self.spec, self.codec = replace(spec, ggml_type=ggml_type), GgufCodec({})
 
     def name(self, model: str) -> str:
         """<model>-<type>-<method>."""
-        return f"{model}-{self.ggml_type.lower()}-{self.spec.method}"
+        return f"{model}-{self.spec.label.lower()}-{self.spec.method}"
 
     def check(self, streamed, linears):
-        """Refuses rows that no type holds, and models that llama.cpp does not know."""
-        for name, (_, inputs) in linears.items():
-            try:
-                self.codec.type_for(inputs)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
+        """Refuses rows that no type holds, models that llama.cpp does not know, and sizes out of reach."""
+        self.mixture = Mixture(streamed, self.spec, linears)
         tokenizer = load_tokenizer(streamed.checkpoint.folder)
-        check_writable(
-            streamed.checkpoint, config=streamed.config, tokenizer=tokenizer, pre_tokenizer=self.spec.pre_tokenizer
-        )
+        described = {"tokenizer": tokenizer, "pre_tokenizer": self.spec.pre_tokenizer, "config": streamed.config}
+        check_writable(streamed.checkpoint, **described)
+        if self.spec.has_target:
+            self.mixture.check_target(float_type=self.float_type, extra=self._provenance(), **described)
+
+    def prepare(self, streamed, work, tokens, *, budget: int | None):
+        """Settles the types and solves embedding and head, unless the work folder has both.
+
+        Args:
+            streamed: The model.
+            work: WorkFolder.
+            tokens: (n, T) calibration rows; None for methods that need none.
+            budget: Bytes of activations kept in memory.
+
+        Returns:
+            The type of each matrix, and what overwrites a loaded embedding with the file's values; None where they
+            are the model's own.
+        """
+        return self.mixture.settle(work, tokens, budget=budget), self.mixture.embed(work)
+
+    def adopt(self, prepared):
+        """Takes the types over and gives the rest back; `prepared` may come from another process."""
+        types, embed = prepared
+        self.codec.types |= types
+        return embed
 
     def notes(self, streamed, linears) -> list[str]:
         """Which tensors get a narrower type than was asked for, because their rows do not fill its blocks."""
-        asked = [(name, self.ggml_type, inputs) for name, (_, inputs) in linears.items()]
         found = defaultdict(dict)
-        for name, wanted, inputs in asked + outer_types(streamed.checkpoint, *self._outer()):
-            if (used := GgufCodec(wanted).type_for(inputs)) != wanted:
-                found[used, wanted, inputs][re.sub(r"\.\d+\.", ".*.", name)] = None
+        for name, wanted, used, inputs in self.mixture.narrower:
+            found[used, wanted, inputs][re.sub(r"\.\d+\.", ".*.", name)] = None
         return [
             f"{used} instead of {wanted}, whose blocks of {BY_NAME[wanted].block} do not divide rows of {inputs}: "
             + ", ".join(names)
@@ -149,23 +154,16 @@ class GgufFormat:
                 linear, _, ggml_type = stored.rpartition(".")
                 read = partial(_kept, work, i, stored)
                 encoded[f"{linear}.weight"] = EncodedTensor(BY_NAME[ggml_type].number, read)
-        encoded |= outer_tensors(source, *self._outer())
+        encoded |= self.mixture.tables(work)
         name = source.folder.resolve().name
         write_gguf(
-            folder / f"{name}-{self.ggml_type}.gguf", source, encoded, config=streamed.config,
-            tokenizer=load_tokenizer(source.folder), float_type=self._floats(), pre_tokenizer=self.spec.pre_tokenizer,
-            extra=self._provenance(),
+            folder / f"{name}-{self.spec.label}.gguf", source, encoded, config=streamed.config,
+            tokenizer=load_tokenizer(source.folder), float_type=self.float_type,
+            pre_tokenizer=self.spec.pre_tokenizer, extra=self._provenance(),
         )  # fmt: skip
 
-    def _outer(self) -> tuple[str, str]:
-        return self.spec.embed_type or OUTER_TYPE, self.spec.head_type or OUTER_TYPE
-
-    def _floats(self) -> str:
-        given = [t for t in (self.spec.embed_type, self.spec.head_type) if t in FLOAT_TYPES]
-        return given[0] if given else "F16"
-
     def _provenance(self) -> dict:
-        return {"quantize.ptq.method": self.spec.method, "quantize.ptq.type": self.ggml_type}
+        return {"quantize.ptq.method": self.spec.method, "quantize.ptq.type": self.spec.label}
 
     def open(self, folder) -> GgufCheckpoint:
         """The written file as plain weights."""
@@ -202,6 +200,10 @@ class GgufFormat:
             parts[tensor.ggml_type.name] += _nbytes(tensor)
         return dict(parts)
 
+    def mixture_report(self, work) -> dict | None:
+        """What types were chosen under a target, and by which measurements; None without a target."""
+        return work.part_report(PLAN) if self.spec.has_target else None
+
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the file."""
         return [Runtime("llama.cpp", True, "")]
@@ -215,22 +217,15 @@ def _kept(work, i, stored):
     return work.read(i, stored).numpy()
 
 
-def outer_types(source, embed_type: str, head_type: str) -> list[tuple[str, str, int]]:
-    """(name, type, inputs) of embedding and head, without those that stay floats."""
-    found = []
-    for name in source.names():
-        shape = source.shape(name)
-        wanted = head_type if any(part in name for part in HEADS) else embed_type
-        if len(shape) == 2 and wanted not in FLOAT_TYPES and any(part in name for part in (*HEADS, *EMBEDDINGS)):
-            found.append((name, wanted, shape[1]))
-    return found
-
-
 def outer_tensors(source, embed_type: str, head_type: str) -> dict[str, EncodedTensor]:
     """Embedding and head, rounded to nearest on fitted blocks; nothing for types of floats."""
     encoded = {}
-    for name, wanted, inputs in outer_types(source, embed_type, head_type):
-        grid = GgufCodec(wanted).grid(inputs)
+    for name in source.names():
+        shape = source.shape(name)
+        wanted = head_type if any(part in name for part in HEADS) else embed_type
+        if len(shape) != 2 or wanted in FLOAT_TYPES or not any(part in name for part in (*HEADS, *EMBEDDINGS)):
+            continue
+        grid = BLOCK_GRIDS[fitting(wanted, shape[1])]
         encoded[name] = EncodedTensor(BY_NAME[grid.name].number, partial(_rounded, source, name, grid))
     return encoded
 

@@ -57,6 +57,12 @@ class GptqFormat:
         """What the user should know about the file: nothing."""
         return []
 
+    def prepare(self, streamed, work, tokens, *, budget: int | None):
+        """Nothing is settled before the walk: embeddings stay as they are."""
+
+    def adopt(self, prepared):
+        """Nothing of it."""
+
     def write(self, folder, streamed, work):
         """Writes the folder from the finished blocks."""
         home = {name: i for i in range(len(streamed.blocks)) for name, _, _ in work.layout(i)}
@@ -109,6 +115,9 @@ class GptqFormat:
             left_alone = MATRICES if len(stored.shape(name)) > 1 else VECTORS
             parts[PARTS.get(name[name.rfind(".") :], left_alone)] += stored.nbytes(name)
         return dict(parts)
+
+    def mixture_report(self, work) -> None:
+        """All linears are alike."""
 
     def runtimes(self, linears, model_type: str) -> list[Runtime]:
         """Which programs load the folder."""

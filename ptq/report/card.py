@@ -46,7 +46,9 @@ def card(report: dict, folder: str) -> str:
         folder: What the artefact is called in commands.
     """
     spec, bits = report["identity"]["spec"], report["bits_per_weight"]
-    label, tag = (spec["ggml_type"], "gguf") if _is_gguf(spec) else (f"{spec['bits']} bits", f"{spec['bits']}-bit")
+    label, tag = f"{spec['bits']} bits", f"{spec['bits']}-bit"
+    if _is_gguf(spec):
+        label, tag = QuantSpec(**spec).label, "gguf"
     names = {"model": report["model"], "command": report["command"], "method": spec["method"]}
     head = HEAD.format(fence="```", label=label, tag=tag, **names, **bits)
     tail = "\nErrors of each linear, seconds and memory: `ptq_report.json`, drawn in `report.html`.\n"
@@ -84,7 +86,7 @@ def _is_gguf(spec):
 
 def _loading(report, folder):
     if _is_gguf(report["identity"]["spec"]):
-        file = f"{folder}/{report['model']}-{report['identity']['spec']['ggml_type']}.gguf"
+        file = f"{folder}/{report['model']}-{QuantSpec(**report['identity']['spec']).label}.gguf"
         return f"\n## Load it\n\n```\nllama-cli -m {file}\npython -m ptq.evaluate {file}\n```\n"
     lines = []
     if any(verdict["loads"] and verdict["name"].startswith("transformers") for verdict in report["runtimes"]):

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptq import QuantSpec, quantize, quantize_model
 from ptq.families.gguf import BY_MODEL_TYPE
-from ptq.formats.gguf import NARROWER
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.grids.blocks.codebook import CODEBOOKS
+from ptq.mixture.assignment import NARROWER
 from ptq.reload import open_weights
 from ptq.workdir import WorkFolder
 

@@ -12,7 +12,9 @@ OWN = ("calibration", "ptq")
 # What a module, or any module of a package, may import of our own besides its siblings. Top to bottom: nothing may
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
-    "ptq.quantize": ("ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.spec", "calibration"),
+    "ptq.quantize": (
+        "ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.mixture.recipes", "ptq.spec", "calibration",
+    ),
     "ptq.evaluate": ("ptq.measure", "ptq.defaults", "ptq.console", "ptq.evaluation", "calibration"),
     "ptq.baselines.__main__": (
         "ptq.baselines", "ptq.console", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec",
@@ -50,8 +52,11 @@ LAYERS = {
         "ptq.export", "ptq.formats", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
     ),
     "ptq.formats": (
-        "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.qtensor", "ptq.quantizers", "ptq.reload",
-        "calibration",
+        "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.mixture", "ptq.qtensor", "ptq.quantizers",
+        "ptq.reload", "calibration",
+    ),
+    "ptq.mixture": (
+        "ptq.evaluation.stream", "ptq.export", "ptq.grids", "ptq.quantizers", "ptq.streamed", "calibration",
     ),
     "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),

@@ -5,6 +5,7 @@ as F32 where llama.cpp wants that and in `float_type` elsewhere. Never more than
 """
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -20,6 +21,7 @@ from ptq.export.gguf.types import file_type
 from ptq.export.gguf.vocabulary import add_vocabulary
 from ptq.export.shards import sync_folder
 
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 PHI3_NAMES = ("phi-3", "phi3")
 PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
@@ -74,6 +76,35 @@ def check_writable(checkpoint, *, config, tokenizer, float_type: str = "F16", pr
     _described(checkpoint, tensors, config, tokenizer, pre_tokenizer).close()
 
 
+def header_bytes(
+    checkpoint,
+    encoded: Mapping[str, EncodedTensor],
+    *,
+    config,
+    tokenizer,
+    float_type: str = "F16",
+    pre_tokenizer: str | None = None,
+    extra: Mapping[str, Value] | None = None,
+) -> int:
+    """Bytes before the first tensor of the file that write_gguf would write; arguments as there, nothing is encoded.
+
+    Each tensor after it takes padded(its bytes).
+    """
+    tensors = list(Layout(checkpoint, config, float_type).tensors(encoded))
+    writer = _described(checkpoint, tensors, config, tokenizer, pre_tokenizer)
+    _add_values(writer, extra or {})
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "header"
+        _write_header(writer, path, tensors)
+        writer.close()
+        return padded(path.stat().st_size)
+
+
+def padded(count: int) -> int:
+    """Bytes up to the next tensor's place."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
 def _described(checkpoint, tensors, config, tokenizer, pre_tokenizer) -> gguf.GGUFWriter:
     """A writer that holds all metadata."""
     if tokenizer is None:
@@ -87,14 +118,19 @@ def _described(checkpoint, tensors, config, tokenizer, pre_tokenizer) -> gguf.GG
 
 
 def _write(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[FileTensor]):
+    _write_header(writer, path, tensors)
+    for tensor in tensors:
+        writer.write_tensor_data(_content(tensor))
+
+
+def _write_header(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[FileTensor]):
+    """All that comes before the first tensor's bytes."""
     for tensor in tensors:
         # Any dtype but uint8 makes the package take shape and type as given, so types it does not know pass too.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.int8), tensor.nbytes, tensor.ggml_type.number)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_content(tensor))
 
 
 def _content(tensor: FileTensor) -> np.ndarray:
