@@ -169,8 +169,9 @@ def summary(artefact: Artefact) -> str:
 
 def _shortest(bits):
     """What two or three values need, where the file's 2-bit words take more."""
-    if bits["shortest"] < bits["linears"]:
-        yield "the same, were codes as short as may be", "", f"{bits['shortest']:.2f}"
+    shortest = bits.get("shortest", bits["linears"])
+    if shortest < bits["linears"]:
+        yield "the same, were codes as short as may be", "", f"{shortest:.2f}"
 
 
 if __name__ == "__main__":
