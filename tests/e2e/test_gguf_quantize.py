@@ -101,7 +101,7 @@ def test_codebooks_of_whole_blocks(folder, ggml_type, model_type):
     with torch.no_grad():
         expected = dense(source, path)(torch.from_numpy(ids)[None]).logits[0].numpy()
     ours = open_llama(path, n_ctx=64).logits(ids)
-    assert np.linalg.norm(ours - expected) < 3e-2 * np.linalg.norm(expected)
+    assert np.linalg.norm(ours - expected) < 6e-2 * np.linalg.norm(expected)  # 8-bit activations, as above
 
 
 def test_the_same_bytes_again_and_after_a_resume(folder, monkeypatch):

@@ -33,8 +33,17 @@ def rounded(grid, w, params):
     return grid.decode(grid.encode(w.T, scale, zero), scale, zero).T
 
 
+def rounded_by_weight(grid, w, weight, params):
+    """The same; vectors of a codebook are those that are nearest by these weights."""
+    if grid.vector == 1:
+        return rounded(grid, w, params)
+    scale, _ = spread(grid, params)
+    x, weight, scale = (t.reshape(-1, grid.vector) for t in (w, weight, scale.T))
+    return (grid.levels.at_one(grid.book.nearest(x, weight, scale[:, 0])) * scale).view(w.shape)
+
+
 def error(grid, w, weight, params):
-    return ((rounded(grid, w, params) - w).double().square() * weight).sum(1)
+    return ((rounded_by_weight(grid, w, weight, params) - w).double().square() * weight).sum(1)
 
 
 def whole_limits(grid):

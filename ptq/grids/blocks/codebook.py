@@ -117,8 +117,8 @@ class Codebook:
         minus, size = (x < 0) ^ (scale < 0)[:, None], scale.abs()
         pull = weight * x.abs()
         places = self._magnitudes(pull, weight, size)
-        if self.even:
-            odd = (minus.sum(1) % 2 == 1).nonzero()[:, 0]
+        odd = (minus.sum(1) % 2 == 1).nonzero()[:, 0]
+        if self.even and len(odd):
             values = torch.tensor(self.magnitudes, dtype=x.dtype, device=x.device)[places[odd]]
             turned = (values * pull[odd]).argmin(1)
             minus[odd, turned] ^= True
