@@ -191,7 +191,7 @@ def summary(artefact: Artefact) -> str:
     ]
     rows += [(f"peak memory, {kind}", "", size_text(n)) for kind, n in report["peak_memory_bytes"].items()]
     lines = [table(rows), "", *report.get("notes", [])]
-    if report["mixture"]:
+    if report.get("mixture"):
         lines += [_budgets(report["mixture"]), ""]
     for verdict in report["runtimes"]:
         lines.append(f"{verdict['name']}: " + ("loads it" if verdict["loads"] else f"does not: {verdict['why']}"))
