@@ -200,8 +200,11 @@ def summary(artefact: Artefact) -> str:
 
 def _shortest(bits):
     """What two or three values need, where the file's 2-bit words take more."""
-    if bits["shortest"] < bits["linears"]:
-        yield "the same, were codes as short as may be", "", f"{bits['shortest']:.2f}"
+    shortest = bits.get("shortest", bits["linears"])
+    if shortest < bits["linears"]:
+        yield "the same, were codes as short as may be", "", f"{shortest:.2f}"
+
+
 def _budgets(mixture):
     """What other sizes would give, and what this one took."""
     rows = [("best types within", "bits per weight", "predicted KL")]

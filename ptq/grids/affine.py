@@ -135,7 +135,7 @@ class AffineGrid:
             lopsided = self.bits >= 2
             if lopsided:  # from half the range clipped to the shorter side holding the largest weight
                 largest, ends = w.abs().amax(1), (0.55 / self.middle, 1.0 / max(self.middle - 1, 1))
-            else:  # 0.4 to 1.5 times the mean magnitude of what +-d stands for; of three values 0.8 to 3 times
+            else:  # three values: 0.8 to 3 times the mean magnitude; +-d, half the scale: 0.4 to 1.5 times
                 largest, ends = w.abs().mean(1), (0.8, 3.0)
             for share in torch.linspace(*ends, SHRINK_STEPS).tolist():
                 scale = half_exact(_nonzero(largest * share))
