@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+M_MMAP_THRESHOLD = -3  # glibc's number of the option
+LARGE = 16 << 20  # less would let the solver's many temporaries fault their pages in again and again
+
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: the process's peak resident memory, and the GPU's peak where one was used."""
@@ -29,6 +32,17 @@ def _status(field) -> int:
         return 1024 * int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_large_blocks() -> None:
+    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed.
+
+    glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
 
 
 def release_freed() -> None:

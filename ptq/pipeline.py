@@ -26,7 +26,7 @@ from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
 from ptq.load import LoadedModel
-from ptq.memory import peak_memory, resident_memory
+from ptq.memory import peak_memory, resident_memory, return_large_blocks
 from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.report.facts import weight_histograms
@@ -101,6 +101,7 @@ def quantize_model(
         OSError: The disk failed; finished blocks stay in the work folder for resume.
         RankLost: Another rank has ended; finished blocks stay in the work folder for resume.
     """
+    return_large_blocks()
     clock, spec = Clock(), spec or QuantSpec()
     kind = format_of(spec)
     spec = kind.spec
