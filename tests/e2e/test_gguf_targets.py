@@ -9,7 +9,7 @@ from commands import read_report, token_file
 from damage import refused
 from tiny_models import make_tiny
 
-from ptq import QuantSpec, pipeline, quantize, quantize_model
+from ptq import QuantSpec, quantize, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.gguf.file import GgufFile
 from ptq.workdir import WorkFolder
@@ -31,7 +31,6 @@ def pristine(tmp_path_factory):
 def here(pristine, tmp_path, monkeypatch):
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "_describe", lambda *_: None)  # two thirds of a tiny run's time
 
 
 EXPECTED = Path("expected/model-4bpw.gguf")

@@ -14,6 +14,8 @@ from ptq.report import __main__ as report
 from ptq.report import files
 from ptq.report.page import page
 
+PAGES = True
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
