@@ -6,7 +6,9 @@ import pytest
 
 from calibration.errors import InputError
 from ptq import QuantSpec
-from ptq.formats.gguf import GgufCodec, GgufFormat
+from ptq.formats.gguf import GgufFormat
+from ptq.mixture.assignment import fitting
+from ptq.mixture.mixture import Mixture
 
 # Rows of babyllama and of OpenLLaMA-3B: of 256, 128, 64 and 32 the first is a multiple of the last alone, the others of
 # 128 and of 64.
@@ -29,20 +31,21 @@ BABYLLAMA, OPEN_LLAMA_WIDTH, OPEN_LLAMA_HIDDEN = 352, 3200, 8640
     ],
 )
 def test_the_nearest_type_with_blocks_that_fit(name, types):
-    codec = GgufCodec(name)
-    assert tuple(map(codec.type_for, (BABYLLAMA, OPEN_LLAMA_WIDTH, OPEN_LLAMA_HIDDEN))) == types
-    assert codec.type_for(768) == name
+    assert tuple(fitting(name, inputs) for inputs in (BABYLLAMA, OPEN_LLAMA_WIDTH, OPEN_LLAMA_HIDDEN)) == types
+    assert fitting(name, 768) == name
     with pytest.raises(InputError, match=f"rows of 48 weights do not fill the blocks of {name}"):
-        codec.type_for(48)
+        fitting(name, 48)
 
 
 def test_it_is_said_of_which_tensors():
     linears = {f"model.layers.{i}.mlp.{name}": (8, inputs) for i in range(2)
                for name, inputs in (("up_proj", 3200), ("gate_proj", 3200), ("down_proj", 8640))}  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (100, 3200), "lm_head.weight": (100, 3200), "model.norm.weight": (3200,)}
-    checkpoint = SimpleNamespace(names=lambda: list(shapes), shape=shapes.get)
-    spec = QuantSpec(checkpoint_format="gguf", ggml_type="Q1_0", head_type="F16")
-    assert GgufFormat(spec).notes(SimpleNamespace(checkpoint=checkpoint), linears) == [
+    shapes = {"model.embed_tokens.weight": (100, 3200), "lm_head.weight": (100, 3200)}
+    embedding, head = shapes
+    model = SimpleNamespace(checkpoint=SimpleNamespace(shape=shapes.get), embedding_key=embedding, head_key=head)
+    kind = GgufFormat(QuantSpec(checkpoint_format="gguf", ggml_type="Q1_0", head_type="F16"))
+    kind.mixture = Mixture(model, kind.spec, linears)
+    assert kind.notes(model, linears) == [
         "Q2_0 instead of Q1_0, whose blocks of 128 do not divide rows of 8640: model.layers.*.mlp.down_proj",
         "Q8_0 instead of Q6_K, whose blocks of 256 do not divide rows of 3200: model.embed_tokens.weight",
     ]
