@@ -53,36 +53,20 @@ def tiny(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 40)
     text = tmp_path / "text.txt"
     flags = ["--preset", "bitdistiller", "--stand-in", tmp_path / "model", "--texts", text, "--calibration", text]
-    return [
-        *flags,
-        "--samples",
-        4,
-        "--seqlen",
-        32,
-        "--groups",
-        32,
-        128,
-        "--bits",
-        3,
-        1,
-        "--max-tokens",
-        256,
-        "--methods",
-        "rtn",
-        "gptq",
-    ]
+    small = "--samples 4 --seqlen 32 --groups 32 128 --bits 3 --max-tokens 256 --methods rtn gptq"
+    return [*flags, *small.split()]
 
 
 def test_killed_twice_and_one_cell_that_fails(tiny, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     done = run("baselines", *tiny, "--out", whole)
     assert done.returncode == 0, done.stderr
-    assert "group 128 is longer than the 64 inputs of a linear" in done.stdout and "4 of 9 cells failed" in done.stdout
+    assert "group 128 is longer than the 64 inputs of a linear" in done.stdout and "2 of 5 cells failed" in done.stdout
     arguments = [*tiny, "--out", out]
     first = killed(arguments, lambda: any(out.glob("cells/*-rtn/result.json")))
     second = killed(arguments, lambda: any(out.glob("cells/*-gptq/artefact.ptq-work/block-00000.safetensors")))
     done = run("baselines", *arguments)
-    assert done.returncode == 0 and 1 <= first <= second < len(list(out.glob("cells/*/result.json"))) == 5
+    assert done.returncode == 0 and 1 <= first <= second < len(list(out.glob("cells/*/result.json"))) == 3
     assert lines(out) == lines(whole)
     assert not list(out.glob("cells/*/artefact*"))
     assert_complete(out, "bitdistiller")
