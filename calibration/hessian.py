@@ -2,8 +2,8 @@
 
 X holds the inputs that the quantized model delivers, X_full those of the full-precision model (one token a row).
 The factor 2 and the mean do not change any code, only the printed loss. Products of a batch are fp32, sums over batches
-fp64: wide enough to be exact for fp32 numbers of like size, so H is the same to the last bit over however many ranks
-the batches are spread. (A last bit of H decides a near tie between two codes, and that one all codes that follow.)
+fp64, whose rounding is too fine to show in the fp32 result but by rare chance: H is then the same to the last bit over
+however many ranks the batches are spread. (A last bit decides a near tie between codes, and that one all that follow.)
 
 Legend: I inputs, T tokens.
 """

@@ -106,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--activation-memory", metavar="GB", type=float,
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--max-memory", metavar="SIZE", type=_bytes,
-                     help="resident memory at most, as 4GB or 800MB; on a CPU, at --effort fast")  # fmt: skip
+                     help="plan for this much resident memory, as 4GB or 800MB;\n"
+                     "on a CPU, at --effort fast")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
     return p
