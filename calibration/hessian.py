@@ -1,11 +1,14 @@
-"""The second moment of a stage's inputs, streamed: H = 2/n X^T X, and G = 2/n X_full^T X.
+"""Moments of a stage's inputs, streamed: H = 2/n X^T X, and what the target correction needs besides.
 
-X holds the inputs that the quantized model delivers, X_full those of the full-precision model (one token a row).
+X holds the inputs that the quantized model delivers, X_full those of the full-precision model (one token a row). The
+correction wants W (G - H), G = 2/n X_full^T X, for the stage's stacked weights W. Where W has many rows G is summed;
+where it has few (`few_rows`), W (G - H) = 2/n ((X_full - X) W^T)^T X itself, with fewer products and less to hold.
+
 The factor 2 and the mean do not change any code, only the printed loss. Products of a batch are fp32, sums over batches
 fp64, whose rounding is too fine to show in the fp32 result but by rare chance: H is then the same to the last bit over
 however many ranks the batches are spread. (A last bit decides a near tie between codes, and that one all that follow.)
 
-Legend: I inputs, T tokens.
+Legend: O outputs, I inputs, T tokens.
 """
 
 import shutil
@@ -20,24 +23,34 @@ from calibration.store import mapped
 TILE = 512  # rows of H summed at once: half the products are saved but for the squares on the diagonal
 
 
+def few_rows(out_features: int, in_features: int) -> bool:
+    """Whether summing W (G - H), 2 T O I products a batch, costs less than summing G with its T I I."""
+    return 2 * out_features < in_features
+
+
 class Hessian:
     """Running sums, in tiles of some rows each; of H only what lies right of the tile's first diagonal entry.
 
     Args:
         in_features: I.
-        cross: Also accumulate G, which the target correction needs.
+        cross: Also accumulate G; or, given weights, W (G - H).
+        weights: Matrices (O, I) that make up W, or None.
         device: Where the sums live.
         folder: Keeps the sums in files, one tile mapped at a time; None for memory.
     """
 
-    def __init__(self, in_features: int, *, cross: bool = False, device="cpu", folder: Path | None = None):
-        self.size, self.tokens = in_features, 0
-        self.tiles = [slice(first, min(first + TILE, in_features)) for first in range(0, in_features, TILE)]
+    def __init__(
+        self, in_features: int, *, cross: bool = False, weights=None, device="cpu", folder: Path | None = None
+    ):
+        self.size, self.tokens, self.weights = in_features, 0, weights
+        self.tiles = _tiles(in_features)
+        self.cross_size = in_features if weights is None else sum(map(len, weights))
+        self.cross_tiles = _tiles(self.cross_size) if cross else []
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         self.sums = [self._zeros(tile, in_features - tile.start, device, folder, "H") for tile in self.tiles]
-        self.cross_sums = [self._zeros(tile, in_features, device, folder, "G") for tile in self.tiles if cross]
+        self.cross_sums = [self._zeros(tile, in_features, device, folder, "G") for tile in self.cross_tiles]
 
     @staticmethod
     def _zeros(tile, width, device, folder, name):
@@ -53,19 +66,24 @@ class Hessian:
 
         Args:
             x: (..., I) inputs of the quantized stream.
-            x_full: the same tokens' inputs in the full-precision stream, if G is wanted.
+            x_full: the same tokens' inputs in the full-precision stream, if `cross`.
         """
         x = x.reshape(-1, x.shape[-1]).float()
         for tile, total in zip(self.tiles, self.sums, strict=True):
             total().add_(x[:, tile].T @ x[:, tile.start :])
         if self.cross_sums:
             x_full = x_full.reshape(x.shape).float()
-            for tile, total in zip(self.tiles, self.cross_sums, strict=True):
-                total().add_(x_full[:, tile].T @ x)
+            rows = x_full if self.weights is None else self._outputs(x_full - x)
+            for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
+                total().add_(rows[:, tile].T @ x)
         self.tokens += x.shape[0]
 
+    def _outputs(self, x):
+        """(T, O) x W^T."""
+        return torch.cat([x @ W.float().T for W in self.weights], 1)
+
     def finalise(self, ranks: Ranks = ALONE):
-        """(H, G or None), each (I, I) fp32, over the tokens of all ranks; the sums are consumed."""
+        """H (I, I) and, if `cross`, G (I, I) or W (G - H) (O, I); fp32, of all ranks' tokens. The sums are consumed."""
         device = self.sums[0]().device
         tokens = int(ranks.all_reduce(torch.tensor(self.tokens, device=device)))
         mean = lambda sums: ranks.all_reduce(sums.pop(0)()).mul_(2.0 / max(tokens, 1))  # noqa: E731
@@ -76,7 +94,11 @@ class Hessian:
             square.copy_(square.triu() + square.triu(1).T)
             H[tile.stop :, tile] = H[tile, tile.stop :].T
         if self.cross_sums:
-            G = torch.empty_like(H)
-            for tile in self.tiles:
+            G = torch.empty(self.cross_size, self.size, device=device)
+            for tile in self.cross_tiles:
                 G[tile] = mean(self.cross_sums)
         return H, G
+
+
+def _tiles(size):
+    return [slice(first, min(first + TILE, size)) for first in range(0, size, TILE)]

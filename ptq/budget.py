@@ -3,7 +3,8 @@
 Resident memory of a walk on a CPU: the program, and the largest of these (fp32; I inputs, O outputs of a stage):
 
     outside     embedding or head; some rows' logits
-    accumulate  the block's weights from the stage before on; sums of H (I x I / 2) and G (I x I) in fp64
+    accumulate  the block's weights from the stage before on; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
+                that is summed, W (G - H) (O x I)
     solve       the block's weights from this stage on; H, G - H, the factor and a copy; targets and codes; some rows
 
 and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
@@ -13,7 +14,7 @@ mapped, and G - H waits on disk while H is factored. Neither changes a bit of th
 from dataclasses import dataclass
 
 from calibration.errors import InputError
-from calibration.hessian import TILE
+from calibration.hessian import TILE, few_rows
 from ptq.evaluation.stream import LOGIT_ENTRIES
 from ptq.quantizers.gptq import CHUNK, ROWS
 from ptq.streamed import StreamedModel
@@ -68,7 +69,7 @@ def _phases(model, stages, correction, on_disk):
     sizes = [model.dtype.itemsize * sum(O * I for O, I in stage) for stage in stages]
     for s, stage in enumerate(stages):
         O, I = sum(outputs for outputs, _ in stage), stage[0][1]
-        yield sum(sizes[max(0, s - 1) :]) + _forward(model, stages) + _sums(I, correction, on_disk)
+        yield sum(sizes[max(0, s - 1) :]) + _forward(model, stages) + _sums(O, I, correction, on_disk)
         yield sum(sizes[s:]) + _solve(O, I, correction, on_disk)
 
 
@@ -82,12 +83,13 @@ def _forward(model, stages):
     return 6 * BATCH_TOKENS * model.dtype.itemsize * max(max(shape) for stage in stages for shape in stage)
 
 
-def _sums(I, correction, on_disk):
-    tile = min(TILE, I) * I
-    held = FP64 * tile if on_disk else FP64 * (I * I // 2 + tile // 2 + correction * I * I)
+def _sums(O, I, correction, on_disk):
+    tile, cross = min(TILE, I) * I, correction * I * (O if few_rows(O, I) else I)
+    held = FP64 * tile if on_disk else FP64 * (I * I // 2 + tile // 2 + cross)
     return held + FP32 * tile  # and one product
 
 
 def _solve(O, I, correction, on_disk):
-    squares = 3 if on_disk else 3 + correction
-    return FP32 * squares * I * I + 2 * FP32 * O * I + 12 * FP32 * max(CHUNK, ROWS * I)
+    few = few_rows(O, I)
+    squares, rows = 3 + correction * (not on_disk and not few), 2 + correction * few
+    return FP32 * (squares * I * I + rows * O * I) + 12 * FP32 * max(CHUNK, ROWS * I)

@@ -98,6 +98,11 @@ class Checkpoint:
                 raise InputError(f"{stored.file}: became shorter while {name!r} was read")
         return content.view(DTYPES[stored.dtype]).view(stored.shape)
 
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's numbers in order, flat, in copies of at most CHUNK_BYTES."""
+        dtype = DTYPES[self._find(name).dtype]
+        return (torch.frombuffer(bytearray(chunk), dtype=dtype) for chunk in self.raw(name))
+
     def raw(self, name: str) -> Iterator[bytes]:
         """Yield a tensor's exact bytes in chunks of at most CHUNK_BYTES."""
         tensor = self._find(name)

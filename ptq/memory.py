@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 M_MMAP_THRESHOLD = -3  # glibc's number of the option
-LARGE = 16 << 20  # less would let the solver's many temporaries fault their pages in again and again
+LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

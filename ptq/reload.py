@@ -1,6 +1,6 @@
 """Reading an artefact back as plain weights, so that what is measured is the file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -71,6 +71,10 @@ class GptqCheckpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name; the packed ones as fp32."""
         return {name: self._read(name) for name in names}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's numbers in order, flat; a packed one in one piece."""
+        return self.packed.pieces(name) if name in self._kept else iter([self._read(name).flatten()])
 
     def quantized(self, linear: str) -> QuantizedTensor:
         """A packed linear."""

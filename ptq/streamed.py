@@ -24,7 +24,7 @@ class StreamedModel:
     """Blocks of a causal language model on demand.
 
     Args:
-        checkpoint: Gives config, model_config(), names() and read(names), for example a Checkpoint.
+        checkpoint: Gives config, model_config(), names() and pieces(name), for example a Checkpoint.
         dtype: Weights and activations are computed in this.
         device: Where a block lives while it is loaded.
         trust_remote_code: Let the checkpoint bring its own model code.
@@ -189,14 +189,18 @@ class StreamedModel:
                 )
 
     def _read(self, names):
-        for name in names:  # one at a time: the file's dtype and ours are never both held for a whole block
-            key = self._keys[name]
-            tensor = self.checkpoint.read([key])[key]
-            if not all(map(isfinite, tensor.aminmax())):  # NaN comes through; torch.isfinite would copy twice
-                raise InputError(
-                    f"{self.checkpoint.folder}: {key} holds NaN or infinite weights: the checkpoint is damaged"
-                )
-            yield name, tensor.to(device=self.device, dtype=self.dtype)
+        """(name, tensor) of each; the file's dtype and ours are never both held for a whole tensor."""
+        for name in names:
+            key, filled = self._keys[name], 0
+            tensor = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
+            for piece in self.checkpoint.pieces(key):
+                if not all(map(isfinite, piece.aminmax())):  # NaN comes through; torch.isfinite would copy twice
+                    raise InputError(
+                        f"{self.checkpoint.folder}: {key} holds NaN or infinite weights: the checkpoint is damaged"
+                    )
+                tensor.view(-1)[filled : filled + len(piece)].copy_(piece)
+                filled += len(piece)
+            yield name, tensor
 
 
 def _build_model(checkpoint, dtype, trust_remote_code) -> nn.Module:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from calibration.capture import SuspendedForwards, run_block
 from calibration.errors import InputError, TrainingStopped
-from calibration.hessian import Hessian
+from calibration.hessian import Hessian, few_rows
 from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
@@ -180,7 +180,7 @@ class Walk:
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
                 release_freed()
-                H, G = self._accumulate(quantized, full, streams.full, self.model.stored_name(i, stage[0]))
+                H, G = self._accumulate(quantized, full, streams.full, i, stage)
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 release_freed()
@@ -282,19 +282,21 @@ class Walk:
             else:
                 forwards.settle(b)
 
-    def _accumulate(self, quantized, full, store, name):
-        """Runs the quantized stream up to a stage and sums what the stage will read: H, and G or None.
+    def _accumulate(self, quantized, full, store, i, stage):
+        """Runs the quantized stream up to a stage and sums what the stage will read: H, and G, W (G - H) or None.
 
-        What the full-precision stream reads is needed for G alone: it goes on to its next halt at once, since a
+        What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
         stage's inputs may be wider than its outputs.
         """
-        hessian = None
+        weights, hessian = self._summed_with(i, stage), None
         for b in range(len(quantized)):
             with self.clock.phase("forward"):
                 x = quantized.advance(b)
             with self.clock.phase("hessian"):
                 if hessian is None:
-                    hessian = Hessian(x.shape[-1], cross=bool(full), device=x.device, folder=self.sums)
+                    hessian = Hessian(
+                        x.shape[-1], cross=bool(full), weights=weights, device=x.device, folder=self.sums
+                    )
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:
@@ -303,8 +305,8 @@ class Walk:
             H, G = hessian.finalise(self.ranks)
         if not bool(torch.isfinite(H.diagonal()).all()):
             raise InputError(
-                f"the inputs of {name} are not finite on the calibration text: --dtype float32 has the widest range;"
-                " if they stay so, the model is damaged before this block"
+                f"the inputs of {self.model.stored_name(i, stage[0])} are not finite on the calibration text: --dtype"
+                " float32 has the widest range; if they stay so, the model is damaged before this block"
             )
         return H, G
 
@@ -314,7 +316,7 @@ class Walk:
             solved, groups = {}, self._by_grid(i, stage)
             for k, (grid, names) in enumerate(groups):
                 last = k == len(groups) - 1  # the solver uses up what it is given
-                moments = [m if m is None or last else m.clone() for m in (H, G)]
+                moments = H if last else H.clone(), self._cross_moment(i, stage, names, G, last)
                 solved |= self._solve_together(i, names, grid, *moments, salt)
         return [solved[name] for name in stage]
 
@@ -330,13 +332,27 @@ class Walk:
                 names.append(name)
         return groups
 
-    def _solve_together(self, i, names, grid, H, G, salt):
+    def _summed_with(self, i, stage):
+        """Weights of a stage whose W (G - H) is summed; None where G is."""
+        weights = [self.model.weight(i, name) for name in stage]
+        return weights if few_rows(sum(map(len, weights)), weights[0].shape[1]) else None
+
+    def _cross_moment(self, i, stage, names, G, last):
+        """What some linears of a stage need of G, or of W (G - H), as the solver's argument."""
+        if G is None:
+            return {}
+        if self._summed_with(i, stage) is None:
+            return {"G": G if last else G.clone()}
+        rows = dict(zip(stage, G.split([len(self.model.weight(i, name)) for name in stage]), strict=True))
+        return {"WG": torch.cat([rows[name] for name in names]) if len(names) < len(stage) else G}
+
+    def _solve_together(self, i, names, grid, H, cross, salt):
         """(QuantizedTensor, report entry) by name, of linears that share inputs and grid."""
         weights = [self.model.weight(i, name) for name in names]
         rows = self._own_rows(sum(map(len, weights)))
         try:
             solution = gptq(
-                weights, H, self.spec, grid=grid, G=G, seed=self.spec.seed + salt, rows=rows,
+                weights, H, self.spec, grid=grid, **cross, seed=self.spec.seed + salt, rows=rows,
                 spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
             )  # fmt: skip
         except InputError as error:

@@ -15,7 +15,7 @@ from calibration.store import ActivationStore
 from ptq.streamed import StreamedModel
 
 BATCH_TOKENS = 2048  # an MLP holds four times its width for each
-LOGIT_ENTRIES = 1 << 24  # logits held at once, fp32
+LOGIT_ENTRIES = 1 << 22  # logits held at once, fp32; several copies of them are on the way
 
 
 def batches_of(tokens: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -1,6 +1,6 @@
 """A GGUF file seen as the full-precision checkpoint it stands for: one tensor is decoded at a time, when it is read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,10 @@ class GgufCheckpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, as fp32."""
         return {name: self._read(name) for name in names}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's numbers in order, flat, in one piece."""
+        yield self._read(name).flatten()
 
     def _read(self, name) -> torch.Tensor:
         stored = self._stored[name]

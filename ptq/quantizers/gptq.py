@@ -8,6 +8,7 @@ Legend: O outputs, I inputs, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 
@@ -43,7 +44,7 @@ class Solution:
         return replace(self, quantized=self.quantized.gathered(gather), **losses)
 
 
-def gptq(weights, H, spec, *, grid=None, G=None, seed=0, rows=None, spill=None, clock=None) -> Solution:
+def gptq(weights, H, spec, *, grid=None, G=None, WG=None, seed=0, rows=None, spill=None, clock=None) -> Solution:
     """Quantizes the linears of one stage.
 
     Args:
@@ -52,6 +53,7 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0, rows=None, spill=None, 
         spec: A QuantSpec.
         grid: A BlockGrid; None for the uniform groups that spec names.
         G: (I, I) fp32 2/n X_full^T X for the target correction, or None; consumed.
+        WG: (O, I) fp32 W (G - H) of the stacked matrix, H undamped, in place of G; consumed.
         seed: Seeds the order of refinement sweeps.
         rows: A slice of the stacked matrix, to solve no more than that; None for all.
         spill: File for G - H while H is factored; None keeps it in memory.
@@ -66,17 +68,23 @@ def gptq(weights, H, spec, *, grid=None, G=None, seed=0, rows=None, spill=None, 
     weights = [weights] if isinstance(weights, torch.Tensor) else weights
     stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, spill, clock or Clock())
     rows = rows or slice(0, sum(map(len, weights)))
-    targets = map(stage.target, _row_chunks(weights, rows, CHUNK))
-    if G is not None and len(H) > rows.stop - rows.start:
+    mismatches = repeat(None) if WG is None else _row_chunks([WG], rows, CHUNK)
+    targets = map(stage.target, _row_chunks(weights, rows, CHUNK), mismatches)
+    if (G is not None or WG is not None) and len(H) > rows.stop - rows.start:
         targets = list(targets)  # takes less memory than G, which has done its work then
         stage.mismatch = None
-        G.set_()
+        _let_go(G, WG)
     tensors, losses = zip(*(stage.solve(*target) for target in targets), strict=True)
     quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
-    for consumed in (H, G):
-        if consumed is not None:
-            consumed.set_()  # the caller still names it; its memory is wanted
+    _let_go(H, G, WG)
     return Solution(quantized, *losses, stage.dead, stage.damp_percent)
+
+
+def _let_go(*consumed):
+    """Frees tensors that the caller still names."""
+    for tensor in consumed:
+        if tensor is not None:
+            tensor.set_()
 
 
 class _Stage:
@@ -109,13 +117,17 @@ class _Stage:
             self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
         self.H = H
 
-    def target(self, W):
-        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it."""
+    def target(self, W, mismatch=None):
+        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it.
+
+        `mismatch` is W (G - H) of those rows in W's order, where that was summed in place of G.
+        """
         W = W[:, self.layout]
         target = Wt = W[:, self.order].T.contiguous()
-        if self.mismatch is not None:
+        if mismatch is not None or self.mismatch is not None:
             with self.clock.phase("target"):
-                shift = target_shift(Wt.T @ self.mismatch, self.U).mul_(self.spec.correction)
+                mismatch = Wt.T @ self.mismatch if mismatch is None else mismatch[:, self.layout[self.order]]
+                shift = target_shift(mismatch, self.U).mul_(self.spec.correction)
                 target = torch.add(Wt, shift.T, out=torch.empty_like(Wt))
                 del shift
         with self.clock.phase("baseline"):

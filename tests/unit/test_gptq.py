@@ -274,6 +274,26 @@ def test_rows_of_a_stage_and_a_mismatch_on_disk_change_no_bit(order, tmp_path):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_the_mismatch_of_few_outputs_stands_in_for_that_of_all_inputs(order, monkeypatch):
+    """W (G - H) in place of G: the same target, for some rows too and however many rows a chunk has."""
+    W, X, X_full = streams(10)
+    H, G = 2 / len(X) * X.T @ X, 2 / len(X) * X_full.T @ X
+    weights, WG = [W[:40].float(), W[40:].float()], (W @ (G - H)).float()
+    spec = spec_of(order, refine_rounds=0)
+    expected = gptq(weights, H.float(), spec, G=G.float())
+    assert not torch.equal(expected.quantized.codes, gptq(weights, H.float(), spec).quantized.codes)
+    for chunk in (1 << 20, 32 * INPUTS):
+        monkeypatch.setattr(ptq.quantizers.gptq, "CHUNK", chunk)
+        for rows in (slice(0, OUTPUTS), slice(32, OUTPUTS)):
+            given = WG.clone()
+            found = gptq(weights, H.float(), spec, WG=given, rows=rows)
+            assert given.numel() == 0
+            same = (found.quantized.codes == expected.quantized.codes[rows]).all(1)
+            assert float(same.double().mean()) > 0.9  # see above
+            torch.testing.assert_close(found.energy, expected.energy[rows], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("bits", "sym"), GRIDS)
 def test_dead_inputs(bits, sym, order):
     W, X, X_full = streams(11)

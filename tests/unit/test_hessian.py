@@ -5,7 +5,7 @@ import torch
 from test_columns import correlated, one_thread  # noqa: F401
 
 import calibration.hessian
-from calibration.hessian import Hessian
+from calibration.hessian import Hessian, few_rows
 
 TOKENS = 400
 SPLITS = [[400], [1] * 400, [399, 1], [1, 399], [7] * 57 + [1], [128, 128, 128, 16]]
@@ -37,6 +37,33 @@ def test_any_split_gives_the_whole(split, tile, monkeypatch):
     assert G_plain is None and torch.equal(H_plain, H)
     # G is not symmetric: rows belong to the full-precision stream.
     assert not close(G.T, 2 / TOKENS * X_full.T @ X, X, X_full)
+
+
+@pytest.mark.parametrize("tile", [4, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_outputs_are_summed_as_such(dtype, tile, monkeypatch, tmp_path):
+    """W (G - H) of stacked weights, in memory and in files, over batches of any size."""
+    monkeypatch.setattr(calibration.hessian, "TILE", tile)
+    X, X_full = (correlated(seed, tokens=TOKENS)[1].to(dtype) for seed in (0, 1))
+    weights = [correlated(seed)[0][:rows].to(dtype) for seed, rows in ((2, 3), (3, 9))]
+    W, exact_H = torch.cat(weights).double(), 2 / TOKENS * X.double().T @ X.double()
+    outputs = (X_full.double() - X.double()) @ W.T
+    for folder in (None, tmp_path / "sums"):
+        hessian = Hessian(X.shape[1], cross=True, weights=weights, folder=folder)
+        for x, x_full in zip(X.split(90), X_full.split(90), strict=True):
+            hessian.add(x, x_full)
+        H, WG = hessian.finalise()
+        assert WG.shape == W.shape and WG.dtype == torch.float32
+        assert close(H, exact_H, X.double(), X.double())
+        # outputs err by 2**-24 sqrt(I) of what their terms amount to, which outputs themselves are half of or more
+        assert close(WG, 2 / TOKENS * outputs.T @ X.double(), X.double(), outputs)
+    G = 2 / TOKENS * X_full.double().T @ X.double()
+    torch.testing.assert_close(WG.double(), W @ (G - exact_H), rtol=0, atol=1e-5 * float((W @ G).abs().max()))
+
+
+def test_what_is_summed_takes_fewer_products():
+    """2 O I a token for W (G - H), I I for G."""
+    assert few_rows(2048, 5632) and not few_rows(2048, 4096) and not few_rows(2816, 5632) and not few_rows(4096, 4096)
 
 
 @pytest.mark.parametrize("tile", [512, 1, 10])
