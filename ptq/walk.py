@@ -294,9 +294,7 @@ class Walk:
                 x = quantized.advance(b)
             with self.clock.phase("hessian"):
                 if hessian is None:
-                    hessian = Hessian(
-                        x.shape[-1], cross=bool(full), weights=weights, device=x.device, folder=self.sums
-                    )
+                    hessian = Hessian(x.shape[-1], cross=bool(full), weights=weights, device=x.device, folder=self.sums)
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:

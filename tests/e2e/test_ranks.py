@@ -92,9 +92,9 @@ def test_a_killed_rank_ends_all_and_resume_completes(tiny, tmp_path, capsys, ran
     assert time.monotonic() - start < SECONDS
     status, printed, err = ended(launcher)
     assert status != 0 and not printed
-    said, launchers = err.split("\n", 1)  # torchrun goes on with its own log
-    assert said == "error: another rank has ended, so all stop; the same command with --resume goes on"
-    assert "error: " not in launchers and "RankLost" not in launchers and work.exists() and not out.exists()
+    said = "error: another rank has ended, so all stop; the same command with --resume goes on\n"
+    assert err.count("error: ") == err.count(said) == 1  # among the lines of torchrun's own log, wherever it comes
+    assert "RankLost" not in err and work.exists() and not out.exists()
 
     with pytest.raises(SystemExit) as left:
         quantize.main([str(flag) for flag in (*flags, "--out", out, "--resume")])
