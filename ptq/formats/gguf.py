@@ -183,6 +183,9 @@ class GgufFormat:
             values = packed.read([f"{linear}.weight"])[f"{linear}.weight"]
             if digest(values.T if streamed.family.transposed else values) != entry["sha256"]:
                 raise OSError(f"{packed.folder}: {linear} reads back different from what was written")
+        for name, table in self.mixture.tables(work).items():
+            if not np.array_equal(packed.file.rows(packed.stored_name(name)), table.read()):
+                raise OSError(f"{packed.folder}: {name} reads back different from what was written")
 
     def sizes(self, packed: GgufCheckpoint, linears) -> dict:
         """Bytes of all tensors, of the quantized linears, and of the file."""

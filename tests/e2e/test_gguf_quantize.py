@@ -12,8 +12,11 @@ from llama_client import open_llama
 from tiny_models import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ptq.formats.gguf
 from ptq import QuantSpec, quantize, quantize_model
+from ptq.export.gguf.writer import write_gguf
 from ptq.families.gguf import BY_MODEL_TYPE
+from ptq.gguf.file import GgufFile
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.grids.blocks.codebook import CODEBOOKS
 from ptq.mixture.assignment import NARROWER
@@ -102,6 +105,24 @@ def test_codebooks_of_whole_blocks(folder, ggml_type, model_type):
         expected = dense(source, path)(torch.from_numpy(ids)[None]).logits[0].numpy()
     ours = open_llama(path, n_ctx=64).logits(ids)
     assert np.linalg.norm(ours - expected) < 6e-2 * np.linalg.norm(expected)  # 8-bit activations, as above
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "output.weight", "blk.1.ffn_down.weight"])
+def test_a_bit_that_the_disk_turned(folder, name, monkeypatch):
+    """Every matrix is read back and compared before the file is there under its name."""
+
+    def write_and_damage(path, *arguments, **options):
+        write_gguf(path, *arguments, **options)
+        place = GgufFile(path).tensors[name].start + 5
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    source = make_tiny("llama", folder / "source")
+    monkeypatch.setattr(ptq.formats.gguf, "write_gguf", write_and_damage)
+    with pytest.raises(OSError, match="reads back different from what was written"):
+        made(folder, source, ggml_type="Q4_1", embed_type="Q8_0", head_type="Q8_0")
+    assert not (folder / "out").exists()
 
 
 def test_the_same_bytes_again_and_after_a_resume(folder, monkeypatch):
