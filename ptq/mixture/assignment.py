@@ -17,7 +17,10 @@ NARROWER = {  # for rows that do not fill a type's blocks, the nearest types tha
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
 # What --target-bpw and --target-size choose from.
-CANDIDATES = ("TQ1_0", "TQ2_0", "Q2_0", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CANDIDATES = (
+    "TQ1_0", "TQ2_0", "IQ2_XXS", "Q2_0", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K",
+    "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
 
 
 def fitting(ggml_type: str, inputs: int) -> str:
