@@ -5,7 +5,8 @@ Resident memory of a walk on a CPU: the program, and the largest of these (fp32;
     outside     embedding or head; some rows' logits
     accumulate  the block's weights from the stage before on; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
                 that is summed, W (G - H) (O x I)
-    solve       the block's weights from this stage on; H, G - H, the factor and a copy; targets and codes; some rows
+    solve       the block's weights from this stage on; H, the factor and, unless outputs are few, G - H and a copy;
+                targets and codes; some rows
 
 and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
 mapped, and G - H waits on disk while H is factored. Neither changes a bit of the result.
@@ -91,5 +92,5 @@ def _sums(O, I, correction, on_disk):
 
 def _solve(O, I, correction, on_disk):
     few = few_rows(O, I)
-    squares, rows = 3 + correction * (not on_disk and not few), 2 + correction * few
+    squares, rows = 2 if few else 3 + correction * (not on_disk), 2 + correction * few
     return FP32 * (squares * I * I + rows * O * I) + 12 * FP32 * max(CHUNK, ROWS * I)
