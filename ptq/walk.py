@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from calibration.capture import SuspendedForwards, run_block
 from calibration.errors import InputError, TrainingStopped
-from calibration.hessian import Hessian, few_rows
 from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
@@ -28,8 +27,8 @@ from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
 from ptq.qtensor import digest
-from ptq.quantizers.gptq import ROWS, gptq
-from ptq.quantizers.rtn import rtn
+from ptq.quantizers.gptq import ROWS
+from ptq.stages import StageSolver
 from ptq.streamed import StreamedModel
 from ptq.workdir import Scratch, WorkFolder
 
@@ -87,7 +86,8 @@ class Walk:
     ):  # fmt: skip
         self.model, self.spec, self.codec, self.embed = model, spec, codec, embed
         self.work, self.clock, self.budget, self.ranks = work, clock, budget, ranks
-        self.sums = work.folder / "activations" / "sums" if sums_on_disk else None
+        sums = work.folder / "activations" / "sums" if sums_on_disk else None
+        self.stages = StageSolver(model, spec, codec, clock, sums=sums, ranks=ranks)
 
     @torch.no_grad()
     def run(self, tokens):
@@ -169,7 +169,7 @@ class Walk:
         self._check_range(i)
         if streams is None:
             for stage in stages:
-                self._keep(i, stage, self._round_stage(i, stage), tensors, report)
+                self._keep(i, stage, self.stages.round(i, stage), tensors, report)
             return tensors, report
         if self.spec.trains:
             return self._train_block(i, streams)
@@ -184,7 +184,7 @@ class Walk:
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 release_freed()
-                solved = self._solve_stage(i, stage, H, G, 1000 * i + s)
+                solved = self.stages.solve(i, stage, H, G, 1000 * i + s)
                 self._keep(i, stage, solved, tensors, report)
                 if weights:
                     linears |= dict(zip(stage, solved, strict=True))
@@ -288,13 +288,11 @@ class Walk:
         What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
         stage's inputs may be wider than its outputs.
         """
-        weights, hessian = self._summed_with(i, stage), None
+        hessian = self.stages.hessian(i, stage, cross=bool(full))
         for b in range(len(quantized)):
             with self.clock.phase("forward"):
                 x = quantized.advance(b)
             with self.clock.phase("hessian"):
-                if hessian is None:
-                    hessian = Hessian(x.shape[-1], cross=bool(full), weights=weights, device=x.device, folder=self.sums)
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:
@@ -307,83 +305,6 @@ class Walk:
                 " float32 has the widest range; if they stay so, the model is damaged before this block"
             )
         return H, G
-
-    def _solve_stage(self, i, stage, H, G, salt):
-        """(QuantizedTensor, report entry) of each linear of a stage."""
-        with self.clock.phase("solve"):
-            solved, groups = {}, self._by_grid(i, stage)
-            for k, (grid, names) in enumerate(groups):
-                last = k == len(groups) - 1  # the solver uses up what it is given
-                moments = H if last else H.clone(), self._cross_moment(i, stage, names, G, last)
-                solved |= self._solve_together(i, names, grid, *moments, salt)
-        return [solved[name] for name in stage]
-
-    def _by_grid(self, i, stage):
-        """(grid, linears) of a stage; those of one grid are solved together."""
-        groups = []
-        for name in stage:
-            grid = self.codec.grid(self.model.stored_name(i, name), self.model.weight(i, name).shape[1])
-            names = next((names for other, names in groups if other is grid), None)
-            if names is None:
-                groups.append((grid, [name]))
-            else:
-                names.append(name)
-        return groups
-
-    def _summed_with(self, i, stage):
-        """Weights of a stage whose W (G - H) is summed; None where G is."""
-        weights = [self.model.weight(i, name) for name in stage]
-        return weights if few_rows(sum(map(len, weights)), weights[0].shape[1]) else None
-
-    def _cross_moment(self, i, stage, names, G, last):
-        """What some linears of a stage need of G, or of W (G - H), as the solver's argument."""
-        if G is None:
-            return {}
-        if self._summed_with(i, stage) is None:
-            return {"G": G if last else G.clone()}
-        rows = dict(zip(stage, G.split([len(self.model.weight(i, name)) for name in stage]), strict=True))
-        return {"WG": torch.cat([rows[name] for name in names]) if len(names) < len(stage) else G}
-
-    def _solve_together(self, i, names, grid, H, cross, salt):
-        """(QuantizedTensor, report entry) by name, of linears that share inputs and grid."""
-        weights = [self.model.weight(i, name) for name in names]
-        rows = self._own_rows(sum(map(len, weights)))
-        try:
-            solution = gptq(
-                weights, H, self.spec, grid=grid, **cross, seed=self.spec.seed + salt, rows=rows,
-                spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
-            )  # fmt: skip
-        except InputError as error:
-            raise InputError(f"{self.model.stored_name(i, names[0])}: {error}") from None
-        solution, solved, start = solution.gathered(self.ranks.gather), {}, 0
-        for name, W in zip(names, weights, strict=True):
-            rows = slice(start, start := start + W.shape[0])
-            energy = float(solution.energy[rows].sum()) or 1.0
-            entry = {
-                "error": float(solution.loss[rows].sum()) / energy,
-                "error_gptq": float(solution.loss_gptq[rows].sum()) / energy,
-                "error_rtn": float(solution.loss_rtn[rows].sum()) / energy,
-                "dead_inputs": solution.dead,
-                "damp_percent": solution.damp_percent,
-            }
-            solved[name] = solution.quantized.rows(rows), entry
-        return solved
-
-    def _own_rows(self, count):
-        """Which of a stage's outputs this rank solves."""
-        units = self.ranks.share(-(-count // ROWS))
-        return slice(units.start * ROWS, min(units.stop * ROWS, count))
-
-    def _round_stage(self, i, stage):
-        """The same without data: plain rounding, and its error relative to the weights themselves."""
-        solved = []
-        with self.clock.phase("solve"):
-            for name in stage:
-                W = self.model.weight(i, name).float()
-                qt = rtn(W, self.spec, self.codec.grid(self.model.stored_name(i, name), W.shape[1]))
-                error = float((qt.dequantize() - W).square().sum() / W.square().sum().clamp(min=1e-30))
-                solved.append((qt, {"error": error, "error_rtn": error}))
-        return solved
 
     def _keep(self, i, stage, solved, tensors, report):
         """Writes a solved stage into the live block, and files its packed tensors and its report."""

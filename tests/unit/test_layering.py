@@ -61,9 +61,10 @@ LAYERS = {
     "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
-        "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
-        "ptq.workdir", "calibration",
+        "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.stages",
+        "ptq.streamed", "ptq.workdir", "calibration",
     ),
+    "ptq.stages": ("ptq.clock", "ptq.quantizers", "ptq.streamed", "calibration"),
     "ptq.blockwise": ("ptq.export.shards", "ptq.quantizers", "calibration"),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),
     "ptq.streamed": ("ptq.families", "calibration"),

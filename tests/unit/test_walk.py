@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+import ptq.stages
 import ptq.walk
 from calibration.errors import InputError
 from calibration.hessian import Hessian
@@ -50,7 +51,7 @@ class Recorded:
                 super().__init__(*args, **kwargs)
                 recorded.stores.append(self)
 
-        monkeypatch.setattr(ptq.walk, "Hessian", WatchedHessian)
+        monkeypatch.setattr(ptq.stages, "Hessian", WatchedHessian)
         monkeypatch.setattr(ptq.walk, "ActivationStore", WatchedStore)
         monkeypatch.setattr(ptq.walk, "BATCH_TOKENS", BATCH_TOKENS)
         self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
