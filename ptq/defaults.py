@@ -5,6 +5,7 @@ import os
 import torch
 
 from calibration.errors import InputError
+from calibration.products import has_bf16_units
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +41,11 @@ def choose_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def choose_products(name: str, device: torch.device) -> bool:
+    """Whether a walk multiplies in bf16 what it computes in fp32: where neither is asked for and there are units."""
+    return name == "auto" and device.type == "cpu" and has_bf16_units()
 
 
 def default_budget() -> int:

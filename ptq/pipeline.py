@@ -21,7 +21,7 @@ from ptq.budget import MemoryPlan, plan_memory
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.continuation import continuation
-from ptq.defaults import choose_device, choose_dtype, default_budget, window_length
+from ptq.defaults import choose_device, choose_dtype, choose_products, default_budget, window_length
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
@@ -131,7 +131,8 @@ def quantize_model(
     if max_memory is not None:
         plan = plan_memory(max_memory, resident_memory(), streamed, spec, drawn, measures=windows is not None)
         plan = replace(plan, activations=min(budget, plan.activations))
-    job = _Job(streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, plan, command, ranks)
+    bf16 = choose_products(dtype, torch_device)
+    job = _Job(streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, plan, command, ranks, bf16)
     _check_ranks(job)
     if ranks.from_first(lambda: os.path.lexists(out)):
         return _finished_before(out, job.identity) if ranks.first else None
@@ -168,6 +169,7 @@ class _Job:
     plan: MemoryPlan
     command: str
     ranks: Ranks
+    bf16: bool
 
     @property
     def identity(self) -> dict:
@@ -178,6 +180,7 @@ class _Job:
             "model": self.streamed.checkpoint.fingerprint(),
             "calibration": self.drawn and self.drawn.describe(),
             "dtype": str(self.streamed.dtype),
+            "products": "bf16" if self.bf16 else "as dtype",
             "device": self.streamed.device.type,
             "batch_tokens": BATCH_TOKENS,
             "ranks": self.ranks.size,
@@ -193,7 +196,7 @@ class _Job:
         """Walks this rank's share."""
         walk = Walk(
             self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed,
-            budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks,
+            budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks, bf16=self.bf16,
         )  # fmt: skip
         walk.run(self.drawn and self.drawn.tokens)
 

@@ -102,7 +102,11 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--heldout", metavar="NAME|FILE|none", help="text for the perplexity before and after")
     run = p.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    run.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16: what blocks compute in")
+    run.add_argument(
+        "--dtype", default="auto",
+        help="auto, float32, bfloat16 or float16: what blocks compute in; auto is float32 on a CPU, with products in"
+        " bf16 where it has units for them",
+    )  # fmt: skip
     run.add_argument("--activation-memory", metavar="GB", type=float,
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--max-memory", metavar="SIZE", type=_bytes,

@@ -12,7 +12,7 @@ Methods that train whole blocks (blockwise.py) take the place of the stages; sav
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from calibration.capture import SuspendedForwards, run_block
 from calibration.errors import InputError, TrainingStopped
+from calibration.products import bf16_products
 from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
@@ -75,17 +76,18 @@ class Walk:
             between blocks, half to forwards halted inside one; either half is shared by the two streams.
         sums_on_disk: Keep sums of H and G, and G - H for a while, in files.
         ranks: This process's place among those that share the work; methods that train want one alone.
+        bf16: Form products of the forward passes and of Hessians in bf16 (calibration/products.py).
         embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
             the model's own.
     """
 
     def __init__(
         self, model: StreamedModel, spec, codec, work: WorkFolder | Scratch, clock: Clock,
-        *, budget: int | None = None, sums_on_disk: bool = False, ranks: Ranks = ALONE,
+        *, budget: int | None = None, sums_on_disk: bool = False, ranks: Ranks = ALONE, bf16: bool = False,
         embed: Callable[[torch.Tensor], None] | None = None,
     ):  # fmt: skip
         self.model, self.spec, self.codec, self.embed = model, spec, codec, embed
-        self.work, self.clock, self.budget, self.ranks = work, clock, budget, ranks
+        self.work, self.clock, self.budget, self.ranks, self.bf16 = work, clock, budget, ranks, bf16
         sums = work.folder / "activations" / "sums" if sums_on_disk else None
         self.stages = StageSolver(model, spec, codec, clock, sums=sums, ranks=ranks)
 
@@ -114,7 +116,7 @@ class Walk:
                 with self.clock.phase("load"):
                     loaded.enter_context(self.model.block(i))
                 if i not in todo:
-                    with self.clock.phase("forward"):
+                    with self._products("forward"):
                         self._replay_block(i, streams)
                     continue
                 tensors, report = self._solve_block(i, streams)
@@ -275,12 +277,18 @@ class Walk:
 
     def _advance(self, forwards, b, store):
         """Runs a batch up to its next halt; what comes out of the block's end enters the next one."""
-        with self.clock.phase("forward"):
+        with self._products("forward"):
             out = forwards.advance(b)
             if forwards.done(b):
                 store[b] = out
             else:
                 forwards.settle(b)
+
+    @contextmanager
+    def _products(self, phase):
+        """A phase that the clock books, with bf16 products if the walk has them."""
+        with self.clock.phase(phase), bf16_products(self.bf16):
+            yield
 
     def _accumulate(self, quantized, full, store, i, stage):
         """Runs the quantized stream up to a stage and sums what the stage will read: H, and G, W (G - H) or None.
@@ -290,9 +298,9 @@ class Walk:
         """
         hessian = self.stages.hessian(i, stage, cross=bool(full))
         for b in range(len(quantized)):
-            with self.clock.phase("forward"):
+            with self._products("forward"):
                 x = quantized.advance(b)
-            with self.clock.phase("hessian"):
+            with self._products("hessian"):
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:

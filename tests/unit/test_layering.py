@@ -77,7 +77,7 @@ LAYERS = {
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),
     "ptq.spec": ("calibration.errors",),
-    "ptq.defaults": ("calibration.errors",),
+    "ptq.defaults": ("calibration.errors", "calibration.products"),
     "ptq.clock": (),
     "ptq.memory": (),
     "ptq.demo": ("calibration",),

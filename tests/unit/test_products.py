@@ -1,0 +1,54 @@
+"""Products in bf16 units: how far off they are, that the solver never sees them, and when they are chosen."""
+
+import pytest
+import torch
+
+import ptq.defaults
+from calibration.products import bf16_products, has_bf16_units
+from ptq.defaults import choose_products
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def factors():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in ((96, 256), (256, 64))]
+
+
+def test_not_wanted_is_fp32():
+    A, B = factors()
+    expected = A @ B
+    with bf16_products(False):
+        assert torch.equal(A @ B, expected)
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+def test_factors_are_rounded_and_sums_are_not():
+    A, B = factors()
+    plain, exact = A @ B, A.double() @ B.double()
+    with bf16_products(True):
+        found = A @ B
+        with bf16_products(False):  # what is not wanted changes nothing
+            assert torch.equal(A @ B, found)
+    rounded = A.bfloat16().double() @ B.bfloat16().double()
+    scale = A.double().abs() @ B.double().abs()
+    # each factor is off by 2**-9 of itself at most; sums of 256 exact products in fp32 by 256 * 2**-24 of their terms
+    assert bool(((found.double() - exact).abs() <= 2 * 2**-9 * 1.01 * scale).all())
+    assert bool(((found.double() - rounded).abs() <= 256 * 2**-24 * scale).all())
+    assert not torch.equal(found, plain) and torch.equal(A @ B, plain)  # and the switch is back
+
+
+def test_the_switch_is_back_after_an_error():
+    A, B = factors()
+    plain = A @ B
+    with pytest.raises(ZeroDivisionError), bf16_products(True):
+        1 / 0  # noqa: B018
+    assert torch.equal(A @ B, plain)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_only_where_the_user_is_silent(units, monkeypatch):
+    monkeypatch.setattr(ptq.defaults, "has_bf16_units", lambda: units)
+    assert choose_products("auto", CPU) == units
+    assert not any(choose_products(name, CPU) for name in ("float32", "bfloat16", "float16"))
+    assert not choose_products("auto", GPU)
