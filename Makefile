@@ -29,8 +29,9 @@ demo: $(READY)
 	$(PY) -m ptq.quantize --bits 2 --group 128 --samples 64 --seqlen 512 --out $(DEMO)
 	$(PY) -m ptq.evaluate $(DEMO) --corpus stdlib --seqlen 512 --max-tokens 60928
 
+# A process for each processor, so one thread each; what shares a fixture stays together.
 test: $(TEST_READY)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(TEST_READY)
 	$(PY) -m pytest -m slow --timeout 3600
