@@ -17,7 +17,7 @@ from ptq.checkpoint import open_checkpoint
 from ptq.console import run_command, size_text, table
 from ptq.spec import QuantSpec
 
-EPILOG = """The floor of a phase is its operations over the rate of fp32 products, or its bytes over the rate of memory
+EPILOG = """The floor of a phase is its operations over the rate of products, or its bytes over the rate of memory
 or disk, all measured first with the same number of threads; docs/speed.md has the counts. With one thread arithmetic
 is compared in processor seconds, which other work on the machine does not lengthen. Blocks that are not run are
 extrapolated from those that are.
@@ -97,7 +97,8 @@ def _text(facts, rates, run) -> str:
     lines = [
         f"{facts['model']}: {blocks} of {whole} blocks, {facts['bits']} bits, groups of {facts['group']},"
         f" {facts['samples']} x {facts['seqlen']} tokens, threads: {facts['threads']}",
-        f"this machine: {rates.products / 1e9:.1f} billion operations a second in fp32 products;"
+        f"this machine: {rates.products / 1e9:.1f} billion operations a second in fp32 products,"
+        f" {rates.walk / 1e9:.1f} in those of forward passes and Hessians;"
         f" memory {size_text(rates.memory)}/s;"
         f" disk {size_text(rates.disk_read)}/s read, {size_text(rates.disk_write)}/s written",
         "",

@@ -10,6 +10,8 @@ Legend: O outputs of all linears of a stage, I its inputs, T tokens, t tokens in
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from calibration.hessian import few_rows
+
 FIT_OPERATIONS = 11  # a weight and a candidate scale: / + round max min - * - and weight e e, summed
 
 
@@ -46,12 +48,17 @@ class Work:
 def operations(work: Work) -> dict[str, int]:
     """Operations of each phase in one block."""
     T, streams = work.tokens, 1 + work.corrected
-    squares = sum(O * I * I for O, I in work.stages)
+    squares, cross, to_form = 0, 0, 0
+    for O, I in work.stages:
+        few = few_rows(O, I)  # W (G - H) summed, not G
+        squares += O * I * I
+        cross += 4 * T * O * I if few else 2 * T * I * I
+        to_form += 0 if few else 2 * O * I * I
     return {
         "forward": streams * (2 * T * work.weights + 2 * T * work.seqlen * work.attention),
-        "hessian": sum(T * I * (I + 1) + work.corrected * 2 * T * I * I for _, I in work.stages),
+        "hessian": sum(T * I * (I + 1) for _, I in work.stages) + work.corrected * cross,
         "factor": sum(I**3 // 3 for _, I in work.stages),
-        "target": work.corrected * 4 * squares,
+        "target": work.corrected * (2 * squares + to_form),
         "baseline": 2 * squares,
         "scales": FIT_OPERATIONS * work.trials * work.weights,
         "columns": squares - work.weights,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from calibration.products import bf16_products, has_bf16_units
+
 SIDE = 2048  # of the square matrices multiplied: in cache, large enough for the library's full speed
 COPIED = 1 << 25  # numbers: several times the last cache
 FILE_BYTES = 1 << 28
@@ -16,9 +18,18 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations of fp32 products and bytes moved in memory (read and written) in a second; bytes of a disk."""
+    """What is done in a second.
+
+    Attributes:
+        products: Operations of fp32 products.
+        walk: Operations of the products of forward passes and Hessians: in bf16 units where there are such.
+        memory: Bytes read and written in memory.
+        disk_read: Bytes.
+        disk_write: Bytes.
+    """
 
     products: float
+    walk: float
     memory: float
     disk_read: float
     disk_write: float
@@ -33,8 +44,10 @@ def measure_rates(folder: Path) -> Rates:
     a, b = torch.randn(2, SIDE, SIDE)
     source, copy = torch.zeros(2, COPIED)
     products = 2 * SIDE**3 / _best(lambda: torch.mm(a, b))
+    with bf16_products(has_bf16_units()):
+        walk = 2 * SIDE**3 / _best(lambda: torch.mm(a, b))
     memory = 2 * source.nbytes / _best(lambda: copy.copy_(source))
-    return Rates(products, memory, *_disk(folder))
+    return Rates(products, walk, memory, *_disk(folder))
 
 
 def timer():

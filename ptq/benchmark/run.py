@@ -153,7 +153,9 @@ def _block_bytes(streamed):
 def _floors(streamed, work, rates):
     """Seconds that the phases take at least, in the blocks that are run."""
     blocks, disk = len(streamed.blocks), disk_bytes(work, *_block_bytes(streamed))
-    floors = {name: blocks * count / rates.products for name, count in operations(work).items()}
+    rate_of = {"forward": rates.walk, "hessian": rates.walk}
+    counts = operations(work).items()
+    floors = {name: blocks * count / rate_of.get(name, rates.products) for name, count in counts}
     floors |= {name: blocks * count / rates.memory for name, count in memory_bytes(work).items()}
     moved = {name: blocks * disk["block"][name] + disk["once"].get(name, 0) for name in disk["block"]}
     return floors | {"load": moved["load"] / rates.disk_read, "write": moved["write"] / rates.disk_write}

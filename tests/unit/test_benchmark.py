@@ -40,6 +40,10 @@ def test_hessian():
     half = sum(2 * 10 for _, I in WORK.stages for _ in triangle(I))
     assert operations(PLAIN)["hessian"] == half
     assert operations(WORK)["hessian"] == half + sum(product(I, 10, I) for _, I in WORK.stages)
+    few = replace(WORK, stages=[(3, 8)])  # W (G - H): differences through W, and the result with the inputs
+    half = sum(2 * 10 for _ in triangle(8))
+    assert operations(few)["hessian"] == half + product(10, 8, 3) + product(3, 10, 8)
+    assert operations(few)["target"] == 2 * 3 * 8 * 8  # two triangular solves
 
 
 def test_factor():
