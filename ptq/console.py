@@ -27,6 +27,7 @@ def run_command(command: Callable[[], None], *, interrupted: str = "", ranks: Ra
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         command()
+        ranks.finish()
         return
     except InputError as error:
         said, status = f"error: {_one_line(error)}", MISTAKE

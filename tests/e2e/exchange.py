@@ -33,3 +33,4 @@ try:
 except InputError as error:
     found["refused"] = str(error)
 Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(found))
+ranks.finish()
