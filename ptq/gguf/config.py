@@ -44,6 +44,7 @@ class _Reader:
         self._longest = max((max(tensor.shape) for tensor in file.tensors.values()), default=0)
 
     def config(self) -> dict:
+        """What transformers' config is made from; InputError where metadata and tensors disagree."""
         architecture, tensors = self._architecture, self._file.tensors
         values = {key.name: self._read(key) for key in architecture.keys}
         blocks = self._number("block_count")
