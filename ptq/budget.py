@@ -14,10 +14,12 @@ mapped, and G - H waits on disk while H is factored. Neither changes a bit of th
 
 from dataclasses import dataclass
 
+import torch
+
 from calibration.errors import InputError
 from calibration.hessian import TILE, few_rows
 from ptq.evaluation.stream import LOGIT_ENTRIES
-from ptq.quantizers.gptq import CHUNK, ROWS
+from ptq.quantizers.chunks import ROWS, chunk_size, threads_of
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS
 
@@ -93,4 +95,5 @@ def _sums(O, I, correction, on_disk):
 def _solve(O, I, correction, on_disk):
     few = few_rows(O, I)
     squares, rows = 2 if few else 3 + correction * (not on_disk), 2 + correction * few
-    return FP32 * (squares * I * I + rows * O * I) + 12 * FP32 * max(CHUNK, ROWS * I)
+    threads = threads_of(torch.device("cpu"))
+    return FP32 * (squares * I * I + rows * O * I) + 12 * FP32 * threads * max(chunk_size(threads), ROWS * I)

@@ -7,9 +7,11 @@ import torch
 
 from calibration.errors import InputError
 from calibration.hessian import Hessian, few_rows
+from calibration.products import bf16_products
 from calibration.ranks import ALONE, Ranks
 from ptq.clock import Clock
-from ptq.quantizers.gptq import ROWS, gptq
+from ptq.quantizers.chunks import ROWS
+from ptq.quantizers.gptq import gptq
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
 
@@ -24,11 +26,15 @@ class StageSolver:
         clock: Gets the seconds by phase.
         sums: Folder for sums of H and G, and G - H for a while; None keeps them in memory.
         ranks: This process's place among those that share the work.
+        bf16: Form the solver's products in bf16 (calibration/products.py).
     """
 
-    def __init__(self, model: StreamedModel, spec, codec, clock: Clock, *, sums=None, ranks: Ranks = ALONE):
+    def __init__(
+        self, model: StreamedModel, spec, codec, clock: Clock,
+        *, sums=None, ranks: Ranks = ALONE, bf16: bool = False,
+    ):  # fmt: skip
         self.model, self.spec, self.codec, self.clock = model, spec, codec, clock
-        self.sums, self.ranks = sums, ranks
+        self.sums, self.ranks, self.bf16 = sums, ranks, bf16
 
     def hessian(self, i: int, stage, *, cross: bool) -> Hessian:
         """Sums for a stage of block i, to be fed with what it reads; `cross` where there are two streams."""
@@ -47,7 +53,7 @@ class StageSolver:
             G: What `hessian` summed besides: (I, I), (O, I) or None.
             salt: Makes the seed of refinement the stage's own.
         """
-        with self.clock.phase("solve"):
+        with self.clock.phase("solve"), bf16_products(self.bf16):
             solved, groups = {}, self._by_grid(i, stage)
             for k, (grid, names) in enumerate(groups):
                 last = k == len(groups) - 1  # the solver uses up what it is given

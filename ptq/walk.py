@@ -28,7 +28,7 @@ from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
 from ptq.memory import release_freed
 from ptq.qtensor import digest
-from ptq.quantizers.gptq import ROWS
+from ptq.quantizers.chunks import ROWS
 from ptq.stages import StageSolver
 from ptq.streamed import StreamedModel
 from ptq.workdir import Scratch, WorkFolder
@@ -89,7 +89,7 @@ class Walk:
         self.model, self.spec, self.codec, self.embed = model, spec, codec, embed
         self.work, self.clock, self.budget, self.ranks, self.bf16 = work, clock, budget, ranks, bf16
         sums = work.folder / "activations" / "sums" if sums_on_disk else None
-        self.stages = StageSolver(model, spec, codec, clock, sums=sums, ranks=ranks)
+        self.stages = StageSolver(model, spec, codec, clock, sums=sums, ranks=ranks, bf16=bf16)
 
     @torch.no_grad()
     def run(self, tokens):

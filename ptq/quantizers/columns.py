@@ -27,9 +27,10 @@ from ptq.quantizers.kernels import round_block
 DAMP_GROWTH = 4.0
 DAMP_ATTEMPTS = 10
 TURN_CHUNK = 1 << 20
+PERMUTED_ROWS = 256
 
 
-def damped_factor(H, damp_percent):
+def damped_factor(H, damp_percent, order=None):
     """Damps H and factors it.
 
     Adds damp_percent of the mean diagonal, or more until the Cholesky factor exists. An input that was zero on every
@@ -37,29 +38,39 @@ def damped_factor(H, damp_percent):
     rounded to nearest and weigh almost nothing in the search of the scales.
 
     Args:
-        H: (I, I) symmetric, positive semi-definite up to rounding, columns in the order in which they will be rounded;
-            damped in place.
+        H: (I, I) symmetric, positive semi-definite up to rounding; damped in place.
         damp_percent: First fraction to try.
+        order: (I,) columns in the order in which they will be rounded; None where that is their own.
 
     Returns:
-        U (I, I) upper triangular with U U^T = H, and the fraction added.
+        U (I, I) upper triangular with U U^T = H, its columns in that order, and the fraction added.
 
     Raises:
         InputError: Nothing in DAMP_ATTEMPTS fractions, each DAMP_GROWTH times the last, makes H positive definite.
     """
-    diagonal = H.diagonal()
+    diagonal, info = H.diagonal(), torch.empty(0, dtype=torch.int32, device=H.device)
+    order = torch.arange(len(H), device=H.device) if order is None else order
     mean = float(diagonal.mean()) or 1.0  # every input dead: the identity, so plain rounding
     added = 0.0
     for _ in range(DAMP_ATTEMPTS):
         diagonal.add_((damp_percent - added) * mean)
         added = damp_percent
-        _turn(H)
-        L, info = torch.linalg.cholesky_ex(H)  # LAPACK factors as lower times upper: ours is the turned matrix's
-        _turn(H)
+        # LAPACK factors as lower times upper: ours is the turned matrix's, turned. Symmetric, so columns may be rows.
+        turned = permuted(H, order.flip(0)).T
+        torch.linalg.cholesky_ex(turned, out=(turned, info))
         if int(info) == 0:
-            return _turn(L), added
+            return _turn(turned), added
         damp_percent *= DAMP_GROWTH
     raise InputError(f"the Hessian is not positive definite even with {added:g} of its mean diagonal added")
+
+
+def permuted(H, order):
+    """H[order][:, order], some rows at a time."""
+    result = torch.empty_like(H)
+    for start in range(0, len(H), PERMUTED_ROWS):
+        rows = slice(start, start + PERMUTED_ROWS)
+        torch.index_select(H[order[rows]], 1, order, out=result[rows])
+    return result
 
 
 def _turn(matrix):

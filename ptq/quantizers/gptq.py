@@ -8,6 +8,7 @@ Legend: O outputs, I inputs, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -16,13 +17,12 @@ from calibration.store import mapped, write
 from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
-from ptq.quantizers.columns import FixedParams, damped_factor, quantize_columns
+from ptq.quantizers.chunks import chunk_size, over_chunks, row_chunks, threads_of
+from ptq.quantizers.columns import FixedParams, damped_factor, permuted, quantize_columns
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 from ptq.quantizers.vectors import quantize_vectors
 
-CHUNK = 1 << 20  # weights worked on at once: rows are independent, and a dozen matrices of this size are alive
-ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
 LOSS_TILE = 512  # columns at once
 
 
@@ -65,16 +65,19 @@ def gptq(weights, H, spec, *, grid=None, G=None, WG=None, seed=0, rows=None, spi
     Raises:
         InputError: H cannot be made positive definite.
     """
-    weights = [weights] if isinstance(weights, torch.Tensor) else weights
-    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, spill, clock or Clock())
-    rows = rows or slice(0, sum(map(len, weights)))
-    mismatches = repeat(None) if WG is None else _row_chunks([WG], rows, CHUNK)
-    targets = map(stage.target, _row_chunks(weights, rows, CHUNK), mismatches)
+    weights, clock = [weights] if isinstance(weights, torch.Tensor) else weights, clock or Clock()
+    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, spill, clock)
+    rows, threads = rows or slice(0, sum(map(len, weights))), threads_of(H.device)
+    cut = partial(row_chunks, rows=rows, limit=chunk_size(threads))
+    chunks = zip(cut(weights), repeat(None) if WG is None else cut([WG]), strict=False)
     if (G is not None or WG is not None) and len(H) > rows.stop - rows.start:
-        targets = list(targets)  # takes less memory than G, which has done its work then
+        targets = over_chunks(stage.target, chunks, clock, threads)  # takes less memory than G, which has done its work
         stage.mismatch = None
         _let_go(G, WG)
-    tensors, losses = zip(*(stage.solve(*target) for target in targets), strict=True)
+        solved = over_chunks(stage.solve, targets, clock, threads)
+    else:
+        solved = over_chunks(stage.target_and_solve, chunks, clock, threads)
+    tensors, losses = zip(*solved, strict=True)
     quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
     _let_go(H, G, WG)
     return Solution(quantized, *losses, stage.dead, stage.damp_percent)
@@ -90,63 +93,79 @@ def _let_go(*consumed):
 class _Stage:
     """What all rows of a stage share: the damped Hessian and its factor, the order of columns, the spans.
 
-    A matrix's own columns are "natural"; spans are runs of the layout, which is natural or, under desc_act, the
-    activation order. Everything here lies in visiting order: `order` leads to it from the layout.
+    Everything lies in the layout, in which spans are runs of columns: the matrix's own order or, under desc_act, the
+    activation order. `visited` leads from it to the order in which GPTQ rounds, where that is another one.
     """
 
     def __init__(self, H, G, spec, grid, I, seed, spill, clock):
-        self.spec, self.seed, self.clock = spec, seed, clock
+        self.spec, self.seed = spec, seed
         self.grid, self.span = grid or AffineGrid(spec.bits, spec.sym), grid.span if grid else spec.columns_per_group(I)
         self.dead = float((H.diagonal() == 0).float().mean())
-        natural = torch.arange(I, device=H.device)
-        visited = natural
+        self.layout, self.visited = None, None
         if spec.column_order == "activation":
-            visited = _by_activation(H.diagonal(), self.grid.vector)
-        self.layout, self.order = (visited, natural) if spec.desc_act else (natural, visited)
-        self.static = self.order is not natural
-        self.spans = cut_spans(self.order, self.span, self.grid.columns_per_step(self.span))
-        self.g_idx = torch.empty_like(natural, dtype=torch.int32)
-        self.g_idx[self.layout] = (natural // self.span).int()
-        H = _reorder(H, visited)
-        self.mismatch = None if G is None else _reorder(G, visited).sub_(H)
+            order = _by_activation(H.diagonal(), self.grid.vector)
+            if spec.desc_act:
+                self.layout = order
+                for moments in (H,) if G is None else (H, G):
+                    moments.copy_(permuted(moments, order))
+            else:
+                self.visited = order
+        self.spans = cut_spans(I, self.span, self.grid.columns_per_step(self.span))
+        self.g_idx = torch.arange(I, dtype=torch.int32, device=H.device) // self.span
+        if self.layout is not None:
+            self.g_idx[self.layout] = self.g_idx.clone()
+        self.mismatch = None if G is None else G.sub_(H)
         if G is not None and spill is not None:
             write(self.mismatch, spill)
             self.mismatch = mapped(spill, G.shape, G.dtype)
             G.set_()
         with clock.phase("factor"):
-            self.U, self.damp_percent = damped_factor(H, spec.damp_percent)
+            self.U, self.damp_percent = damped_factor(H, spec.damp_percent, self.visited)
         self.H = H
 
-    def target(self, W, mismatch=None):
+    def target_and_solve(self, clock, W, mismatch):
+        """Both, one after the other."""
+        return self.solve(clock, *self.target(clock, W, mismatch))
+
+    def target(self, clock, W, mismatch):
         """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it.
 
         `mismatch` is W (G - H) of those rows in W's order, where that was summed in place of G.
         """
-        W = W[:, self.layout]
-        target = Wt = W[:, self.order].T.contiguous()
+        if self.layout is not None:
+            W, mismatch = W[:, self.layout], None if mismatch is None else mismatch[:, self.layout]
+        target = Wt = W.T.contiguous()
         if mismatch is not None or self.mismatch is not None:
-            with self.clock.phase("target"):
-                mismatch = Wt.T @ self.mismatch if mismatch is None else mismatch[:, self.layout[self.order]]
-                shift = target_shift(mismatch, self.U).mul_(self.spec.correction)
-                target = torch.add(Wt, shift.T, out=torch.empty_like(Wt))
-                del shift
-        with self.clock.phase("baseline"):
+            with clock.phase("target"):
+                mismatch = Wt.T @ self.mismatch if mismatch is None else mismatch
+                target = self._as_laid_out(target_shift(_columns(mismatch, self.visited), self.U).T)
+                target.mul_(self.spec.correction).add_(Wt)
+        with clock.phase("baseline"):
             plain = fit_spans(W, self.span, self.grid.fit_minmax)
             return target, *self._baseline(Wt, plain, target)
 
-    def solve(self, Wt, loss_rtn, energy):
+    def solve(self, clock, Wt, loss_rtn, energy):
         """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
-        codes, params, loss_gptq = self._round(Wt)
+        codes, params, loss_gptq = self._round(clock, Wt)
         loss = loss_gptq
         if self.spec.refine_rounds:
-            with self.clock.phase("refine"):
+            with clock.phase("refine"):
                 loss = loss_gptq - refine(
                     Wt, self.H, codes, self.spans, params, self.grid,
                     rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
                 )  # fmt: skip
-        stored = torch.empty_like(codes, dtype=torch.uint8)
-        stored[self.layout[self.order]] = codes.to(torch.uint8)
-        return self._tensor(stored.T.contiguous(), params), (loss, loss_gptq, loss_rtn, energy)
+        stored = codes.T.to(torch.uint8).contiguous()
+        if self.layout is not None:
+            stored[:, self.layout] = stored.clone()
+        return self._tensor(stored, params), (loss, loss_gptq, loss_rtn, energy)
+
+    def _as_laid_out(self, rows):
+        """(I, O) in visiting order, in the layout."""
+        if self.visited is None:
+            return rows.contiguous()
+        result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        result[self.visited] = rows
+        return result
 
     def _tensor(self, codes, params):
         if not isinstance(self.grid, AffineGrid):
@@ -154,37 +173,35 @@ class _Stage:
         scale, zero = (torch.stack(p, 1) for p in zip(*params, strict=True))
         return QuantizedTensor(codes, scale, zero, self.g_idx, self.spec.bits, self.spec.group_size)
 
-    def _round(self, Wt):
+    def _round(self, clock, Wt):
         """GPTQ proper: codes (I, O), every span's params, loss (O,)."""
-        if self.static:
-            target, weight = torch.empty_like(Wt), self.H.new_empty(len(Wt))
-            target[self.order], weight[self.order] = Wt, self.H.diagonal()
-            with self.clock.phase("scales"):
-                params = fit_spans(target.T, self.span, self.grid.fit, weight)
-            given = self._fixed(params)
+        if self.visited is not None:
+            with clock.phase("scales"):
+                params = fit_spans(Wt.T, self.span, self.grid.fit, self.H.diagonal())
+            given, Wt = self._fixed(params), Wt[self.visited]
         else:
             params = []
-            given = self._on_the_way(params)
+            given = self._on_the_way(clock, params)
         quantize = quantize_columns if self.grid.vector == 1 else quantize_vectors
-        with self.clock.phase("columns"):
+        with clock.phase("columns"):
             codes, _, loss = quantize(Wt, self.U, self.grid, given, column_block=self.spec.column_block)
-        return codes, params, loss
+        return self._as_laid_out(codes), params, loss
 
     def _fixed(self, params) -> FixedParams:
         """All spans' (scale, zero) pairs, one after the other, and which of them each visited column uses."""
         scale, zero = (torch.cat(p) for p in zip(*map(self.grid.steps, params), strict=True))
         width = self.grid.columns_per_step(self.span)
-        first = self.order // self.span * (self.span // width)
-        return FixedParams(scale, zero, (first + self.order % self.span // width).tolist())
+        first = self.visited // self.span * (self.span // width)
+        return FixedParams(scale, zero, (first + self.visited % self.span // width).tolist())
 
-    def _on_the_way(self, params):
+    def _on_the_way(self, clock, params):
         """Fits every span when its first column is reached; spans are visited in order, columns as they lie."""
         importance, width = self.U.diagonal() ** 2, self.grid.columns_per_step(self.span)
 
         def given(k, remaining):
             if k % self.span == 0:
                 rows = remaining(self.span).T
-                with self.clock.phase("scales"):
+                with clock.phase("scales"):
                     params.append(self.grid.fit(rows, importance[k : k + rows.shape[1]][None]))
             scale, zero = self.grid.steps(params[-1])
             return scale[k % self.span // width], zero[k % self.span // width]
@@ -208,23 +225,9 @@ def _by_activation(diagonal, vector):
     return (first[:, None] + torch.arange(vector, device=first.device)).flatten()
 
 
-def _reorder(H, order):
-    """H[order][:, order]; the given one is used up."""
-    if bool((order == torch.arange(len(order), device=order.device)).all()):
-        return H
-    rows = H.index_select(0, order)
-    return torch.index_select(rows, 1, order, out=H)
-
-
-def _row_chunks(weights, rows, limit):
-    """fp32 rows of the stacked matrices, a multiple of ROWS that `limit` weights allow at a time."""
-    step = max(1, limit // weights[0].shape[1] // ROWS) * ROWS
-    for first in range(rows.start, rows.stop, step):
-        last, chunk, passed = min(first + step, rows.stop), [], 0
-        for W in weights:
-            chunk.append(W[max(0, first - passed) : max(0, last - passed)].float())
-            passed += len(W)
-        yield torch.cat(chunk)
+def _columns(matrix, order):
+    """The matrix's columns in another order; itself for None."""
+    return matrix if order is None else matrix[:, order]
 
 
 def target_shift(mismatch, U):

@@ -36,22 +36,28 @@ def round_block(target, Wt, M, diagonal, scale, zero, step, arithmetic):
     return codes, Q, loss
 
 
-def sweep_block(inner, gradient, D, target, codes, scale, zero, step, arithmetic):
-    """Coordinate descent over a block's codes, in place in D and codes.
+def sweep_block(inner, target, codes, D, gradient, scale, zero, step, arithmetic, order):
+    """Coordinate descent over some of a span's codes, in place in D and codes.
 
     Args:
-        inner: (c, c) the Hessian's part, columns in the order in which they are visited.
-        gradient: (c, O) D H on these columns, before the pass; left as it is.
-        D: (c, O) values minus target.
+        inner: (c, c) the Hessian's part.
         target: (c, O).
         codes: (c, O).
+        D: (c, O) values minus target.
+        gradient: (c, O) D H on these columns, before the pass; left as it is.
         scale: (n, O).
         zero: (n, O).
         step: c indices into scale and zero.
         arithmetic: The grid's Arithmetic.
+        order: The columns that are visited.
+
+    Returns:
+        (O,) what the loss went down by.
     """
-    given = arrays(inner, gradient, D, target, codes, scale, zero)
+    gained = torch.zeros(D.shape[1])
+    given = arrays(inner, target, codes, D, gradient, scale, zero, order, gained)
     over_rows(_sweep_block, D.shape[1], *given, np.asarray(step, np.int64), *levels(arithmetic))
+    return gained
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -80,24 +86,28 @@ def _round_block(first, last, target, Wt, M, diagonal, codes, Q, loss, scale, ze
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _sweep_block(first, last, inner, gradient, D, target, codes, scale, zero, step, kind, top, table, nearest):
-    columns = len(inner)
+def _sweep_block(
+    first, last, inner, target, codes, D, gradient, scale, zero, order, gained, step, kind, top, table, nearest
+):
+    columns = len(order)
     held, change = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
     for start in range(first, last, TILE):
         rows = min(TILE, last - start)
         for k in range(columns):
             for r in range(rows):
-                held[k, r] = gradient[k, start + r]
-        for j in range(columns):
+                held[k, r] = gradient[order[k], start + r]
+        for k in range(columns):
+            j = order[k]
             s, curvature = step[j], inner[j, j]
             for r in range(rows):
                 o = start + r
-                best = (D[j, o] + target[j, o]) - held[j, r] / curvature
+                best = (D[j, o] + target[j, o]) - held[k, r] / curvature
                 code = nearest_code(best, scale[s, o], zero[s, o], kind, top, table, nearest)
                 value = value_of(code, scale[s, o], zero[s, o], kind, table) - target[j, o]
                 change[r] = value - D[j, o]
+                gained[o] -= change[r] * (np.float32(2) * held[k, r] + change[r] * curvature)
                 codes[j, o], D[j, o] = code, value
-            for later in range(j + 1, columns):
-                h = inner[j, later]
+            for later in range(k + 1, columns):
+                h = inner[j, order[later]]
                 for r in range(rows):
                     held[later, r] += h * change[r]

@@ -11,6 +11,8 @@ that rounding errors could gather in.
 Legend: O outputs (rows), I inputs, c columns of a span; matrices are transposed, (I, O).
 """
 
+from functools import partial
+
 import torch
 
 from ptq.grids.compiled import compiled
@@ -40,40 +42,39 @@ def refine(Wt, H, codes, spans, params, grid, *, rounds, generator, column_block
     """
     D = torch.empty_like(Wt)
     for span, numbers in zip(spans, params, strict=True):
-        D[span.columns] = _values(grid, numbers, span, codes[span.columns]) - Wt[span.columns]
+        torch.sub(_values(grid, numbers, span, codes[span.columns]), Wt[span.columns], out=D[span.columns])
     gained = D.new_zeros(D.shape[1])
     for _ in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
             local = Local(Wt, H, codes, D, spans[s])
-            local.refit(grid, params[s])
-            local.sweep(grid, params[s], generator, column_block)
-            gained += local.put_back(codes, D)
+            gained += local.refit(grid, params[s])
+            gained += local.sweep(grid, params[s], generator, column_block)
     return gained
 
 
 class Local:
-    """One span's share of the problem: views or copies of its rows of every matrix."""
+    """One span's share of the problem: views of its rows of every matrix, and its gradient."""
 
     def __init__(self, Wt, H, codes, D, span):
         self.span = span
         rows = H[span.columns]
-        self.inner, self.start = rows[:, span.columns], rows @ D
-        self.target, self.codes = Wt[span.columns], codes[span.columns]
-        self.D, self.gradient = D[span.columns].clone(), self.start.clone()
+        self.inner, self.gradient = rows[:, span.columns].contiguous(), rows @ D
+        self.target, self.codes, self.D = Wt[span.columns], codes[span.columns], D[span.columns]
 
     def refit(self, grid, numbers):
-        """Each stored number to its best value, codes fixed."""
+        """Each stored number to its best value, codes fixed; what the loss of each output went down by (O,)."""
+        gained = torch.zeros_like(self.gradient[0])
         for knob in grid.knobs(numbers, self.codes, self.span.step):
-            if knob.partner is None:
-                self._turn(knob)
-            else:
-                self._turn_both(knob, knob.partner)
+            gained -= self._turn(knob) if knob.partner is None else self._turn_both(knob, knob.partner)
         torch.sub(_values(grid, numbers, self.span, self.codes), self.target, out=self.D)
+        return gained
 
     def _turn(self, knob):
         axis = _Axis(knob, self.inner, self.gradient)
         new = axis.nearest(axis.slope, axis.curvature)
-        axis.move(torch.where(axis.loss(new - knob.number) < 0, new, knob.number), self.gradient)
+        loss = axis.loss(new - knob.number)
+        axis.move(torch.where(loss < 0, new, knob.number), self.gradient)
+        return loss.clamp_(max=0)
 
     def _turn_both(self, knob, partner):
         """Where one number goes to its own best value, to its share of the joint one, or stays; the other follows."""
@@ -92,52 +93,43 @@ class Local:
                 torch.where(better, found, kept, out=kept)
         first.move(new, self.gradient)
         second.move(new_partner, self.gradient)
+        return best
 
     def sweep(self, grid, numbers, generator, column_block):
-        """Coordinate descent over the span's codes, in random order."""
-        scale, zero = grid.steps(numbers)
+        """Coordinate descent over the span's codes, in random order; what each output's loss went down by (O,)."""
+        scale, zero = (p.contiguous() for p in grid.steps(numbers))
         order = torch.randperm(len(self.inner) // grid.vector, generator=generator)
+        matrices = self.inner, self.target, self.codes, self.D, self.gradient
         if grid.vector > 1:
-            matrices = self.inner, self.target, self.codes, self.D, self.gradient
-            sweep_vectors(grid, scale, zero, *matrices, self.span.step, order)
-            return
+            return sweep_vectors(grid, scale, zero, *matrices, self.span.step, order)
         if compiled(self.D):
-            self._sweep_compiled(grid, scale, zero, order)
-            return
-        diagonal, order = self.inner.diagonal().tolist(), order.to(self.inner.device)
-        for columns in order.split(column_block):
-            rows = self.inner[columns]
-            inner, gradient = rows[:, columns], self.gradient[columns]
-            change = torch.empty_like(gradient)
-            for i, j in enumerate(columns.tolist()):
-                step = self.span.step[j]
-                best = (self.D[j] + self.target[j]).sub_(gradient[i], alpha=1 / diagonal[j])
-                code = grid.encode(best, scale[step], zero[step])
-                value = grid.decode(code, scale[step], zero[step]) - self.target[j]
-                torch.sub(value, self.D[j], out=change[i])
-                self.codes[j], self.D[j] = code, value
-                gradient[i + 1 :].addr_(inner[i + 1 :, i], change[i])
-            if len(columns) < len(order):
-                self.gradient.addmm_(rows.T, change)
+            block = partial(sweep_block, *matrices, scale, zero, self.span.step, grid.arithmetic)
+            return self._in_blocks(order, COMPILED_BLOCK, block)
+        return self._in_blocks(order, column_block, partial(self._sweep_columns, grid, scale, zero))
 
-    def _sweep_compiled(self, grid, scale, zero, order):
-        scale, zero = scale.contiguous(), zero.contiguous()
-        for columns in order.split(COMPILED_BLOCK):
-            rows = self.inner[columns]
-            inner, gradient, target = rows[:, columns], self.gradient[columns], self.target[columns]
-            before, codes, step = self.D[columns], self.codes[columns], [self.span.step[j] for j in columns.tolist()]
-            D = before.clone()
-            sweep_block(inner, gradient, D, target, codes, scale, zero, step, grid.arithmetic)
-            self.D[columns], self.codes[columns] = D, codes
-            if len(columns) < len(order):
-                self.gradient.addmm_(rows.T, D - before)
+    def _in_blocks(self, order, size, sweep):
+        """Sweeps some columns at a time; the gradient of all others follows by a matrix product."""
+        if len(order) <= size:
+            return sweep(order)
+        gained = torch.zeros_like(self.gradient[0])
+        for columns in order.split(size):
+            before = self.D[columns]
+            gained += sweep(columns)
+            self.gradient.addmm_(self.inner[columns].T, self.D[columns] - before)
+        return gained
 
-    def put_back(self, codes, D):
-        """Stores the span's new codes and errors; what the loss of each output went down by."""
-        columns = self.span.columns
-        change = self.D - D[columns]
-        codes[columns], D[columns] = self.codes, self.D
-        return -(self.start.mul_(2).addmm_(self.inner, change)).mul_(change).sum(0)
+    def _sweep_columns(self, grid, scale, zero, order):
+        gradient, inner, gained = self.gradient[order], self.inner[order][:, order], torch.zeros_like(self.gradient[0])
+        for i, j in enumerate(order.tolist()):
+            step, curvature = self.span.step[j], inner[i, i]
+            best = (self.D[j] + self.target[j]).sub_(gradient[i] / curvature)
+            self.codes[j] = grid.encode(best, scale[step], zero[step])
+            value = grid.decode(self.codes[j], scale[step], zero[step]) - self.target[j]
+            change = value - self.D[j]
+            gained -= change * (2 * gradient[i] + change * curvature)
+            self.D[j] = value
+            gradient[i + 1 :].addr_(inner[i + 1 :, i], change)
+        return gained
 
 
 class _Axis:

@@ -1,11 +1,9 @@
-"""Spans: which columns of a matrix are fitted together, where they lie, and their first fit.
+"""Spans: which columns of a matrix are fitted together, and their first fit.
 
 Legend: O outputs, I inputs, c columns of a span, R rows.
 """
 
 from dataclasses import dataclass
-
-import torch
 
 from ptq.grids.grid import Params
 
@@ -15,31 +13,24 @@ class Span:
     """Columns that share params.
 
     Attributes:
-        columns: Their places, ascending: a slice or a tensor of indices.
+        columns: Where they lie, side by side.
         step: (c,) which of the span's (scale, zero) pairs each column uses.
     """
 
-    columns: slice | torch.Tensor
+    columns: slice
     step: list[int]
 
 
-def cut_spans(order, span, columns_per_step) -> list[Span]:
-    """Spans of matrices whose columns have been put into another order.
+def cut_spans(in_features, span, columns_per_step) -> list[Span]:
+    """The spans of a row.
 
     Args:
-        order: (I,) columns in their new order; runs of `span` of the old one are fitted together.
+        in_features: I.
         span: Columns of a whole span; the last may be shorter.
         columns_per_step: Columns that share a (scale, zero) pair.
     """
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    spans = []
-    for part in places.split(span):
-        columns, natural = part.sort()
-        first, last = int(columns[0]), int(columns[-1])
-        together = last - first + 1 == len(columns)
-        spans.append(Span(slice(first, last + 1) if together else columns, (natural // columns_per_step).tolist()))
-    return spans
+    cuts = (slice(start, min(start + span, in_features)) for start in range(0, in_features, span))
+    return [Span(cut, [j // columns_per_step for j in range(cut.stop - cut.start)]) for cut in cuts]
 
 
 def fit_spans(W, span, fit, weight=None) -> list[Params]:

@@ -53,12 +53,17 @@ def sweep_vectors(grid, scale, zero, inner, target, codes, D, gradient, step, or
         gradient: (c, O) D H on these columns, before the pass; used up.
         step: c indices into scale and zero.
         order: (c / m,) in which vectors are visited.
+
+    Returns:
+        (O,) what the loss went down by.
     """
-    m = grid.vector
+    m, gained = grid.vector, torch.zeros_like(gradient[0])
     for v in (slice(m * k, m * k + m) for k in order.tolist()):
         A, s = inner[v, v], step[v.start]
         x = D[v] + target[v] - torch.linalg.solve(A, gradient[v])
         codes[v] = nearest_vectors(grid.book, A, x, nonzero(scale[s]), codes[v])
         change = grid.decode(codes[v], scale[s], zero[s]) - target[v] - D[v]
+        gained -= (change * (2 * gradient[v] + A @ change)).sum(0)
         D[v] += change
         gradient.addmm_(inner[:, v], change)
+    return gained

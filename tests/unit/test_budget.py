@@ -8,11 +8,17 @@ from calibration.errors import InputError
 from ptq import budget
 from ptq.budget import MemoryPlan, plan_memory
 from ptq.checkpoint import open_checkpoint
+from ptq.quantizers.chunks import CHUNK
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 
 DRAWN = object()  # some text; the plan asks no more of it
 GPTQ = QuantSpec(bits=4, group_size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr(budget, "threads_of", lambda device: 1)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def plan(model, limit, spec=GPTQ, drawn=DRAWN, resident=10**8, measures=False):
 
 def needed(model, *, on_disk):
     """For the tiny Llama, D = 64 and 128 in the middle: the widest stage is the last, 128 inputs and 64 outputs."""
-    some_rows = 12 * 4 * budget.CHUNK
+    some_rows = 12 * 4 * CHUNK
     solve = 4 * 64 * 128 + 4 * (3 if on_disk else 4) * 128**2 + 2 * 4 * 64 * 128 + some_rows
     return 10**8 + budget.LATER + solve
 

@@ -35,3 +35,16 @@ def test_a_phase_that_fails_is_counted_and_closed(clock):
     with clock.phase("write"):
         pass
     assert dict(clock.seconds) == {"solve": 2, "scales": 1, "write": 1}
+
+
+def test_threads_book_to_their_own_phases(clock, monkeypatch):
+    """Two threads compute 10 and 20 seconds side by side: of what passed, each phase has half of its thread's time."""
+    times = iter([(0.0, 0.0)] * 3 + [(10.0, 10.0), (0.0, 0.0), (20.0, 20.0)])
+    monkeypatch.setattr(ptq.clock, "_now_of_thread", lambda: next(times))
+    with clock.phase("solve"), clock.threads(2) as (one, other):
+        with one.phase("scales"):
+            pass
+        with other.phase("refine"):
+            pass
+    assert dict(clock.seconds) == {"solve": 2 - 15, "scales": 5, "refine": 10}
+    assert dict(clock.processor) == {"solve": 4 - 30, "scales": 10, "refine": 20}

@@ -21,6 +21,7 @@ import ptq.quantizers.gptq
 from calibration.errors import InputError
 from calibration.hessian import Hessian
 from ptq.grids.affine import AffineGrid
+from ptq.quantizers import chunks
 from ptq.quantizers.columns import damped_factor
 from ptq.quantizers.gptq import gptq, target_shift
 from ptq.quantizers.rtn import rtn
@@ -244,7 +245,7 @@ def test_rows_in_chunks(order, monkeypatch):
     listed = gptq(parts, H.float(), spec, G=G.float(), seed=3)
     assert torch.equal(listed.quantized.codes, solve(stacked, H, spec, G, seed=3).quantized.codes)
     for rows in (10, OUTPUTS - 1):
-        monkeypatch.setattr(ptq.quantizers.gptq, "CHUNK", rows * INPUTS + INPUTS // 2)
+        monkeypatch.setattr(chunks, "CHUNK", rows * INPUTS + INPUTS // 2)
         chunked = gptq([W[:7].float(), W[7:40].float(), W[40:].float()], H.float(), spec, G=G.float(), seed=3)
         same = (chunked.quantized.codes == whole.quantized.codes).all(1)
         assert chunked.quantized.codes.shape == W.shape and float(same.double().mean()) > 0.9  # see above
@@ -252,6 +253,22 @@ def test_rows_in_chunks(order, monkeypatch):
             ours, theirs = getattr(chunked, name), getattr(whole, name)
             torch.testing.assert_close(ours[same], theirs[same], rtol=1e-3, atol=0)
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_change_no_bit(order, monkeypatch):
+    _, X, X_full = streams(10)
+    H, G = 2 / len(X) * X.T @ X, 2 / len(X) * X_full.T @ X
+    W = torch.randn(5 * chunks.ROWS, INPUTS, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(chunks, "CHUNK", chunks.ROWS * INPUTS)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(ptq.quantizers.gptq, "threads_of", lambda device, threads=threads: threads)
+        found.append(gptq(W, H.float(), spec_of(order, refine_rounds=2), G=G.float(), seed=3))
+    torch.set_num_threads(1)
+    for name in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(found[0].quantized, name), getattr(found[1].quantized, name))
+    assert torch.equal(found[0].loss, found[1].loss)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -283,7 +300,7 @@ def test_the_mismatch_of_few_outputs_stands_in_for_that_of_all_inputs(order, mon
     expected = gptq(weights, H.float(), spec, G=G.float())
     assert not torch.equal(expected.quantized.codes, gptq(weights, H.float(), spec).quantized.codes)
     for chunk in (1 << 20, 32 * INPUTS):
-        monkeypatch.setattr(ptq.quantizers.gptq, "CHUNK", chunk)
+        monkeypatch.setattr(chunks, "CHUNK", chunk)
         for rows in (slice(0, OUTPUTS), slice(32, OUTPUTS)):
             given = WG.clone()
             found = gptq(weights, H.float(), spec, WG=given, rows=rows)

@@ -128,7 +128,7 @@ def test_two_numbers_move_to_their_joint_minimum():
         def decode(self, codes, scale, zero):
             return codes
 
-    local = Local(Wt, H, Wt.clone(), D, Span(slice(0, 32), [0] * 32))
+    local = Local(Wt, H, Wt.clone(), D.clone(), Span(slice(0, 32), [0] * 32))
     local.refit(Pair(), None)
     factor = torch.linalg.cholesky(H.double())
     for row in range(5):

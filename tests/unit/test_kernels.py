@@ -23,7 +23,7 @@ def problem(grid, outputs):
     W, _, H = correlated(3, outputs=outputs, inputs=inputs, tokens=3 * inputs)
     H = damped(H).float()
     U, _ = damped_factor(H, 0.01)
-    spans = cut_spans(torch.arange(inputs), span, grid.columns_per_step(span))
+    spans = cut_spans(inputs, span, grid.columns_per_step(span))
     return W.float(), H, U, spans, fit_spans(W.float(), span, grid.fit, H.diagonal())
 
 
