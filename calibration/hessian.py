@@ -61,14 +61,18 @@ class Hessian:
             return lambda: kept
         return partial(mapped, folder / f"{name}-{tile.start}.bin", shape, torch.float64, shared=True)
 
-    def add(self, x, x_full=None):
+    def add(self, x, x_full=None, weight=None):
         """Adds tokens.
 
         Args:
             x: (..., I) inputs of the quantized stream.
             x_full: the same tokens' inputs in the full-precision stream, if `cross`.
+            weight: (T,) how often each token counts; None for once.
         """
         x = x.reshape(-1, x.shape[-1]).float()
+        if weight is not None:
+            root = weight.sqrt()[:, None].to(x)
+            x, x_full = x * root, None if x_full is None else x_full.reshape(x.shape).float() * root
         for tile, total in zip(self.tiles, self.sums, strict=True):
             total().add_(x[:, tile].T @ x[:, tile.start :])
         if self.cross_sums:

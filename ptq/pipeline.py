@@ -33,6 +33,7 @@ from ptq.report.facts import weight_histograms
 from ptq.report.files import write_card, write_page
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
+from ptq.tuning.fisher import FisherPass
 from ptq.tuning.scales import ScaleTuning
 from ptq.walk import BATCH_TOKENS, Walk, most_ranks
 from ptq.workdir import Scratch, WorkFolder, differences, work_folder
@@ -231,6 +232,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     tokens = job.drawn and job.drawn.tokens
     with clock.phase("types"):
         embed = job.settled(work)
+    FisherPass(streamed, job.spec, work, clock, budget=job.plan.activations, bf16=job.bf16).run(tokens)
     job.walk(work, embed)
     ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}

@@ -51,6 +51,8 @@ class QuantSpec:
             trained; 0 leaves them as solved.
         code_lr: Learning rate of the positions behind the codes, in codes.
         scale_lr: Learning rate of scales in a block, relative to the scale.
+        fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
+            other; 0 weighs them all the same and by themselves.
         tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
     """
@@ -83,6 +85,7 @@ class QuantSpec:
     reconstruct_epochs: int = 0
     code_lr: float = 2e-2
     scale_lr: float = 1e-2
+    fisher_tokens: int = 0
     tune_epochs: int = 0
     tune_lr: float = 1e-2
 
@@ -153,6 +156,7 @@ class QuantSpec:
             (self.let_lr > 0, f"let_lr {self.let_lr} is not positive"),
             (self.let or not self.let_shift, "let_shift needs let"),
             (self.reconstruct_epochs >= 0, f"reconstruct_epochs {self.reconstruct_epochs} is negative"),
+            (self.fisher_tokens >= 0, f"fisher_tokens {self.fisher_tokens} is negative"),
             (self.tune_epochs >= 0, f"tune_epochs {self.tune_epochs} is negative"),
             (self.code_lr > 0, f"code_lr {self.code_lr} is not positive"),
             (self.scale_lr > 0, f"scale_lr {self.scale_lr} is not positive"),
@@ -183,6 +187,11 @@ class QuantSpec:
 
     @property
     def refined(self) -> bool:
+        """Whether gradients take part."""
+        return self.fisher_tokens > 0 or self.trained_on
+
+    @property
+    def trained_on(self) -> bool:
         """Whether gradients go on from what the solver found."""
         return self.reconstruct_epochs > 0 or self.tune_epochs > 0
 
@@ -197,8 +206,8 @@ class QuantSpec:
 
 EFFORTS = {
     "fast": {},
-    "balanced": {"reconstruct_epochs": 3, "tune_epochs": 3},
-    "best": {"reconstruct_epochs": 8, "code_lr": 1e-2, "tune_epochs": 8},
+    "balanced": {"fisher_tokens": 32768},
+    "best": {"fisher_tokens": 32768, "tune_epochs": 8},
 }
 
 

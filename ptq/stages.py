@@ -43,7 +43,7 @@ class StageSolver:
             inputs, cross=cross, weights=self._summed_with(i, stage), device=self.model.device, folder=self.sums
         )
 
-    def solve(self, i: int, stage, H, G, salt: int):
+    def solve(self, i: int, stage, H, G, salt: int, outputs=None):
         """(QuantizedTensor, report entry) of each linear of a stage of block i.
 
         Args:
@@ -52,13 +52,15 @@ class StageSolver:
             H: (I, I); consumed, as G is.
             G: What `hessian` summed besides: (I, I), (O, I) or None.
             salt: Makes the seed of refinement the stage's own.
+            outputs: H_O of the stage's runs of outputs, if they are to be weighed against each other.
         """
         with self.clock.phase("solve"), bf16_products(self.bf16):
             solved, groups = {}, self._by_grid(i, stage)
             for k, (grid, names) in enumerate(groups):
                 last = k == len(groups) - 1  # the solver uses up what it is given
                 moments = H if last else H.clone(), self._cross_moment(i, stage, names, G, last)
-                solved |= self._solve_together(i, names, grid, *moments, salt)
+                coupling = None if grid and grid.vector > 1 else self._coupling(i, stage, names, outputs)
+                solved |= self._solve_together(i, names, grid, *moments, coupling, salt)
         return [solved[name] for name in stage]
 
     def round(self, i: int, stage):
@@ -98,13 +100,21 @@ class StageSolver:
         rows = dict(zip(stage, G.split([len(self.model.weight(i, name)) for name in stage]), strict=True))
         return {"WG": torch.cat([rows[name] for name in names]) if len(names) < len(stage) else G}
 
-    def _solve_together(self, i, names, grid, H, cross, salt):
+    def _coupling(self, i, stage, names, outputs):
+        """What some linears of a stage need of H_O."""
+        if outputs is None or len(names) == len(stage):
+            return outputs
+        chosen = torch.cat([torch.full((len(self.model.weight(i, name)),), name in names) for name in stage])
+        kept = zip(outputs, chosen.split([len(HO) for HO in outputs]), strict=True)
+        return [HO[own][:, own] for HO, own in kept if own.any()]
+
+    def _solve_together(self, i, names, grid, H, cross, outputs, salt):
         """(QuantizedTensor, report entry) by name, of linears that share inputs and grid."""
         weights = [self.model.weight(i, name) for name in names]
         rows = self._own_rows(sum(map(len, weights)))
         try:
             solution = gptq(
-                weights, H, self.spec, grid=grid, **cross, seed=self.spec.seed + salt, rows=rows,
+                weights, H, self.spec, grid=grid, **cross, outputs=outputs, seed=self.spec.seed + salt, rows=rows,
                 spill=self.sums and self.sums / "mismatch.bin", clock=self.clock,
             )  # fmt: skip
         except InputError as error:

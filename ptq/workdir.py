@@ -161,6 +161,22 @@ class WorkFolder:
         with _open_block(self._part(name)) as file:
             return file.get_tensor(tensor).clone()
 
+    def has_fisher(self, i: int) -> bool:
+        """Whether block i's H_O are there."""
+        return self.has_part(_fisher(i))
+
+    def save_fisher(self, i: int, stages: list[list[torch.Tensor]], weights: list[torch.Tensor]):
+        """Keeps block i's H_O, for each stage one of each run of outputs, and each stage's weights of tokens (T,)."""
+        parts = {f"{s}.{run}": HO for s, runs in enumerate(stages) for run, HO in enumerate(runs)}
+        parts |= {f"{s}.weight": weight for s, weight in enumerate(weights)}
+        self.save_part(_fisher(i), parts, {"runs": [len(runs) for runs in stages]})
+
+    def fisher(self, i: int, stage: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """H_O of a stage's runs of outputs in block i, and its weights of tokens (T,)."""
+        runs = self.part_report(_fisher(i))["runs"][stage]
+        names = [f"{stage}.{run}" for run in range(runs)]
+        return [self.part_tensor(_fisher(i), name) for name in names], self.part_tensor(_fisher(i), f"{stage}.weight")
+
     def tuned_report(self) -> dict | None:
         """The report of tuning without its linears; None before it is finished."""
         return {k: v for k, v in _report(self._tuned).items() if k != "linears"} if self.has_tuned else None
@@ -252,6 +268,10 @@ class Scratch:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
+
+
+def _fisher(i):
+    return f"fisher-{i:05d}"
 
 
 def work_folder(out: Path) -> Path:

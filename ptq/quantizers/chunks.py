@@ -12,6 +12,7 @@ import torch
 ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
 CHUNK = 1 << 20  # weights worked on at once by a thread: a dozen matrices of this size are alive
 AT_ONCE = 1 << 21  # and by all threads
+COUPLED_ROWS, COUPLED_WEIGHTS = 2048, 1 << 22  # of a run whose rows are solved together
 
 
 def threads_of(device: torch.device) -> int:
@@ -24,13 +25,25 @@ def chunk_size(threads: int) -> int:
     return min(CHUNK, AT_ONCE // threads)
 
 
-def row_chunks(weights, rows, limit):
-    """fp32 rows of the stacked matrices, a multiple of ROWS that `limit` weights allow at a time."""
-    step = max(1, limit // weights[0].shape[1] // ROWS) * ROWS
-    for first in range(rows.start, rows.stop, step):
-        last, chunk, passed = min(first + step, rows.stop), [], 0
+def row_cuts(rows: slice, in_features: int, limit: int) -> list[slice]:
+    """Rows in runs of a multiple of ROWS that `limit` weights allow."""
+    step = max(1, limit // in_features // ROWS) * ROWS
+    return [slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step)]
+
+
+def coupled_cuts(out_features: int, in_features: int) -> list[slice]:
+    """Rows in runs of about one length whose errors are weighed against each other (coupled.py)."""
+    limit = min(COUPLED_ROWS, max(ROWS, COUPLED_WEIGHTS // in_features))
+    runs = -(-out_features // limit)
+    return row_cuts(slice(0, out_features), 1, -(-out_features // (runs * ROWS)) * ROWS)
+
+
+def row_chunks(weights, cuts):
+    """fp32 rows of the stacked matrices, run by run."""
+    for cut in cuts:
+        chunk, passed = [], 0
         for W in weights:
-            chunk.append(W[max(0, first - passed) : max(0, last - passed)].float())
+            chunk.append(W[max(0, cut.start - passed) : max(0, cut.stop - passed)].float())
             passed += len(W)
         yield torch.cat(chunk)
 

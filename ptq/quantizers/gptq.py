@@ -8,8 +8,7 @@ Legend: O outputs, I inputs, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 
@@ -17,8 +16,9 @@ from calibration.store import mapped, write
 from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
-from ptq.quantizers.chunks import chunk_size, over_chunks, row_chunks, threads_of
+from ptq.quantizers.chunks import chunk_size, over_chunks, row_chunks, row_cuts, threads_of
 from ptq.quantizers.columns import FixedParams, damped_factor, permuted, quantize_columns
+from ptq.quantizers.coupled import errors, normalised, quantize_coupled, refine_coupled
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 from ptq.quantizers.vectors import quantize_vectors
@@ -44,7 +44,9 @@ class Solution:
         return replace(self, quantized=self.quantized.gathered(gather), **losses)
 
 
-def gptq(weights, H, spec, *, grid=None, G=None, WG=None, seed=0, rows=None, spill=None, clock=None) -> Solution:
+def gptq(
+    weights, H, spec, *, grid=None, G=None, WG=None, outputs=None, seed=0, rows=None, spill=None, clock=None
+) -> Solution:
     """Quantizes the linears of one stage.
 
     Args:
@@ -54,6 +56,8 @@ def gptq(weights, H, spec, *, grid=None, G=None, WG=None, seed=0, rows=None, spi
         grid: A BlockGrid; None for the uniform groups that spec names.
         G: (I, I) fp32 2/n X_full^T X for the target correction, or None; consumed.
         WG: (O, I) fp32 W (G - H) of the stacked matrix, H undamped, in place of G; consumed.
+        outputs: H_O (rows, rows) of one run of the stacked matrix's rows after the other, all of them: rows of a run
+            are solved together (coupled.py). None where rows are independent.
         seed: Seeds the order of refinement sweeps.
         rows: A slice of the stacked matrix, to solve no more than that; None for all.
         spill: File for G - H while H is factored; None keeps it in memory.
@@ -66,10 +70,12 @@ def gptq(weights, H, spec, *, grid=None, G=None, WG=None, seed=0, rows=None, spi
         InputError: H cannot be made positive definite.
     """
     weights, clock = [weights] if isinstance(weights, torch.Tensor) else weights, clock or Clock()
-    stage = _Stage(H, G, spec, grid, weights[0].shape[1], seed, spill, clock)
+    I = weights[0].shape[1]
+    stage = _Stage(H, G, spec, grid, I, seed, spill, clock)
     rows, threads = rows or slice(0, sum(map(len, weights))), threads_of(H.device)
-    cut = partial(row_chunks, rows=rows, limit=chunk_size(threads))
-    chunks = zip(cut(weights), repeat(None) if WG is None else cut([WG]), strict=False)
+    cuts = row_cuts(rows, I, chunk_size(threads)) if outputs is None else _runs(outputs)
+    mismatches = repeat(None) if WG is None else row_chunks([WG], cuts)
+    chunks = zip(row_chunks(weights, cuts), mismatches, outputs or repeat(None), strict=False)
     if (G is not None or WG is not None) and len(H) > rows.stop - rows.start:
         targets = over_chunks(stage.target, chunks, clock, threads)  # takes less memory than G, which has done its work
         stage.mismatch = None
@@ -123,12 +129,12 @@ class _Stage:
             self.U, self.damp_percent = damped_factor(H, spec.damp_percent, self.visited)
         self.H = H
 
-    def target_and_solve(self, clock, W, mismatch):
+    def target_and_solve(self, clock, W, mismatch, HO):
         """Both, one after the other."""
-        return self.solve(clock, *self.target(clock, W, mismatch))
+        return self.solve(clock, *self.target(clock, W, mismatch, HO))
 
-    def target(self, clock, W, mismatch):
-        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it.
+    def target(self, clock, W, mismatch, HO):
+        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it; and H_O.
 
         `mismatch` is W (G - H) of those rows in W's order, where that was summed in place of G.
         """
@@ -142,10 +148,12 @@ class _Stage:
                 target.mul_(self.spec.correction).add_(Wt)
         with clock.phase("baseline"):
             plain = fit_spans(W, self.span, self.grid.fit_minmax)
-            return target, *self._baseline(Wt, plain, target)
+            return target, HO, *self._baseline(Wt, plain, target)
 
-    def solve(self, clock, Wt, loss_rtn, energy):
+    def solve(self, clock, Wt, HO, loss_rtn, energy):
         """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
+        if HO is not None:
+            return self._solve_coupled(clock, Wt, normalised(HO), loss_rtn, energy)
         codes, params, loss_gptq = self._round(clock, Wt)
         loss = loss_gptq
         if self.spec.refine_rounds:
@@ -154,10 +162,27 @@ class _Stage:
                     Wt, self.H, codes, self.spans, params, self.grid,
                     rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
                 )  # fmt: skip
-        stored = codes.T.to(torch.uint8).contiguous()
-        if self.layout is not None:
-            stored[:, self.layout] = stored.clone()
-        return self._tensor(stored, params), (loss, loss_gptq, loss_rtn, energy)
+        return self._tensor(codes, params), (loss, loss_gptq, loss_rtn, energy)
+
+    def _solve_coupled(self, clock, Wt, HO, loss_rtn, energy):
+        """The same where rows weigh on each other."""
+        with clock.phase("scales"):
+            params = fit_spans(Wt.T, self.span, self.grid.fit, self.H.diagonal())
+        with clock.phase("columns"):
+            given, visited = self._fixed(params), slice(None) if self.visited is None else self.visited
+            codes = self._as_laid_out(
+                quantize_coupled(Wt[visited], self.U, HO, self.grid, given, column_block=self.spec.column_block)
+            )
+        loss_gptq = self._loss_of(Wt, codes, params)
+        with clock.phase("refine"):
+            refine_coupled(
+                Wt, self.H, HO, codes, self.spans, params, self.grid,
+                rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
+            )  # fmt: skip
+        return self._tensor(codes, params), (self._loss_of(Wt, codes, params), loss_gptq, loss_rtn, energy)
+
+    def _loss_of(self, Wt, codes, params):
+        return _loss(errors(Wt, codes, self.spans, params, self.grid), self.H)
 
     def _as_laid_out(self, rows):
         """(I, O) in visiting order, in the layout."""
@@ -168,6 +193,10 @@ class _Stage:
         return result
 
     def _tensor(self, codes, params):
+        """From codes (I, O) as they are laid out."""
+        codes = codes.T.to(torch.uint8).contiguous()
+        if self.layout is not None:
+            codes[:, self.layout] = codes.clone()
         if not isinstance(self.grid, AffineGrid):
             return BlockTensor(codes, tuple(map(torch.stack, zip(*params, strict=True))), self.grid)
         scale, zero = (torch.stack(p, 1) for p in zip(*params, strict=True))
@@ -191,8 +220,9 @@ class _Stage:
         """All spans' (scale, zero) pairs, one after the other, and which of them each visited column uses."""
         scale, zero = (torch.cat(p) for p in zip(*map(self.grid.steps, params), strict=True))
         width = self.grid.columns_per_step(self.span)
-        first = self.visited // self.span * (self.span // width)
-        return FixedParams(scale, zero, (first + self.visited % self.span // width).tolist())
+        visited = torch.arange(len(self.H)) if self.visited is None else self.visited
+        first = visited // self.span * (self.span // width)
+        return FixedParams(scale, zero, (first + visited % self.span // width).tolist())
 
     def _on_the_way(self, clock, params):
         """Fits every span when its first column is reached; spans are visited in order, columns as they lie."""
@@ -223,6 +253,12 @@ def _by_activation(diagonal, vector):
         return diagonal.argsort(descending=True, stable=True)
     first = diagonal.view(-1, vector).amax(1).argsort(descending=True, stable=True) * vector
     return (first[:, None] + torch.arange(vector, device=first.device)).flatten()
+
+
+def _runs(outputs):
+    """The rows that each H_O is about."""
+    stops = list(accumulate(map(len, outputs)))
+    return [slice(stop - len(HO), stop) for HO, stop in zip(outputs, stops, strict=True)]
 
 
 def _columns(matrix, order):

@@ -42,7 +42,7 @@ def refine(Wt, H, codes, spans, params, grid, *, rounds, generator, column_block
     """
     D = torch.empty_like(Wt)
     for span, numbers in zip(spans, params, strict=True):
-        torch.sub(_values(grid, numbers, span, codes[span.columns]), Wt[span.columns], out=D[span.columns])
+        torch.sub(values(grid, numbers, span, codes[span.columns]), Wt[span.columns], out=D[span.columns])
     gained = D.new_zeros(D.shape[1])
     for _ in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
@@ -66,7 +66,7 @@ class Local:
         gained = torch.zeros_like(self.gradient[0])
         for knob in grid.knobs(numbers, self.codes, self.span.step):
             gained -= self._turn(knob) if knob.partner is None else self._turn_both(knob, knob.partner)
-        torch.sub(_values(grid, numbers, self.span, self.codes), self.target, out=self.D)
+        torch.sub(values(grid, numbers, self.span, self.codes), self.target, out=self.D)
         return gained
 
     def _turn(self, knob):
@@ -157,6 +157,7 @@ class _Axis:
         self.knob.number.copy_(new)
 
 
-def _values(grid, numbers, span, codes):
+def values(grid, numbers, span, codes):
+    """A span's values (c, O)."""
     scale, zero = (p[span.step] for p in grid.steps(numbers))
     return grid.decode(codes, scale, zero)

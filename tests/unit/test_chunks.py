@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from ptq.clock import Clock
-from ptq.quantizers.chunks import AT_ONCE, CHUNK, ROWS, chunk_size, over_chunks, row_chunks, threads_of
+from ptq.quantizers.chunks import AT_ONCE, CHUNK, ROWS, chunk_size, over_chunks, row_chunks, row_cuts, threads_of
 
 
 def test_chunks_are_the_rows_of_the_stack():
     weights = [torch.arange(rows * 4.0).view(rows, 4) + 1000 * rows for rows in (70, 3, 50)]
     rows = slice(5, 120)
-    chunks = list(row_chunks(weights, rows, 4 * (ROWS + 1)))
+    chunks = list(row_chunks(weights, row_cuts(rows, 4, 4 * (ROWS + 1))))
     assert [len(chunk) for chunk in chunks] == [32, 32, 32, 19]
     assert torch.equal(torch.cat(chunks), torch.cat(weights)[rows])
-    assert len(next(row_chunks(weights, slice(0, 123), 1))) == ROWS, "a chunk has ROWS rows at least"
+    assert len(next(row_chunks(weights, row_cuts(slice(0, 123), 4, 1)))) == ROWS, "a chunk has ROWS rows at least"
 
 
 def test_all_threads_together_hold_no_more():

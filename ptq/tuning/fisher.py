@@ -1,0 +1,155 @@
+"""How outputs of a linear weigh against each other: H_O = E[g g^T], g the gradient of the loss in its outputs.
+
+The loss is that of predicting tokens drawn from the full-precision model itself, so H_O is the Fisher information of
+its predictions, not of the text's (YAQA, arXiv 2505.22988; K-FAC, arXiv 1503.05671). One pass forward through the
+blocks and one in reverse, a block in memory at a time, as tuning does it. Outputs are taken in runs (coupled_cuts): of
+each run H_O is a square, between runs it is not asked for.
+
+Legend: O outputs of a run, T tokens.
+"""
+
+import torch
+from tqdm import tqdm
+
+from calibration.capture import run_block
+from calibration.products import bf16_products
+from calibration.store import ActivationStore
+from ptq.clock import Clock
+from ptq.evaluation.stream import LOGIT_ENTRIES, batches_of
+from ptq.quantizers.chunks import coupled_cuts
+from ptq.streamed import StreamedModel
+from ptq.workdir import WorkFolder
+
+OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
+
+
+class FisherPass:
+    """Measures every block's H_O and keeps it in the work folder.
+
+    Args:
+        model: The full-precision model, streamed.
+        spec: QuantSpec: fisher_tokens, seed.
+        work: Where the matrices go.
+        clock: Gets the seconds.
+        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit.
+        bf16: Form products in bf16 (calibration/products.py).
+    """
+
+    def __init__(self, model: StreamedModel, spec, work: WorkFolder, clock: Clock, *, budget: int | None, bf16: bool):
+        self.model, self.spec, self.work, self.clock = model, spec, work, clock
+        self.budget, self.bf16 = budget, bf16
+
+    @torch.no_grad()
+    def run(self, tokens):
+        """Measures what the walk will ask for, unless an earlier run did or the spec asks for nothing.
+
+        Args:
+            tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used.
+        """
+        blocks = range(len(self.model.blocks))
+        wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.fisher_tokens else []
+        if all(self.work.has_fisher(i) for i in wanted):
+            return
+        rows = max(1, self.spec.fisher_tokens // tokens.shape[1])
+        with self.clock.phase("fisher"), bf16_products(self.bf16):
+            self._measure(batches_of(tokens[:rows]))
+
+    def _measure(self, batches):
+        entering, states, arguments = self._forward(batches)
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        with self.model.outside(head=True):
+            gradients = self._store("gradients")
+            for hidden in states:
+                gradients.append(self._head(hidden, generator))
+        last = len(self.model.blocks) - 1
+        for i in tqdm(range(last, -1, -1), desc="gradients", unit="block", disable=None, leave=False):
+            self.work.save_fisher(i, *self._backward(i, entering, arguments, gradients, len(batches)))
+
+    def _forward(self, batches):
+        """What enters each block, block by block, what leaves the last one, and the blocks' other arguments."""
+        entering, states, arguments, by_rows = self._store("entering"), self._store("states"), [], {}
+        with self.model.outside(head=False):
+            for batch in batches:
+                hidden, of_batch = self.model.embed(batch)
+                arguments.append(by_rows.setdefault(len(batch), of_batch))
+                states.append(hidden)
+        for i in tqdm(range(len(self.model.blocks)), desc="predictions", unit="block", disable=None, leave=False):
+            with self.model.block(i) as block:
+                for b, hidden in enumerate(states):
+                    entering.append(hidden)
+                    states[b] = run_block(block, hidden.to(self.model.device), arguments[b][i])
+        return entering, states, arguments
+
+    def _head(self, hidden, generator):
+        """A draw of the gradient to hidden (rows, T, D) of what each prediction loses.
+
+        The gradient in the logits has the covariance of that of -log p over tokens drawn from p, diag(p) - p p^T, and
+        is drawn as sqrt(p) z - p (sqrt(p) . z), z normal: drawn tokens would have heavier tails.
+        """
+        shape, step = hidden.shape, max(1, LOGIT_ENTRIES // self.model.config.vocab_size)
+        hidden = hidden.to(self.model.device).flatten(0, 1)[None]
+        gradient = torch.zeros_like(hidden)
+        for start in range(0, hidden.shape[1], step):
+            some = slice(start, start + step)
+            with torch.enable_grad():
+                leaf = hidden[:, some].detach().requires_grad_()
+                logits = self.model.logits(leaf)[0].float()
+            p = logits.softmax(-1)
+            root = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
+            drawn = root - p * root.sum(-1, keepdim=True)
+            gradient[:, some] = torch.autograd.grad(logits, leaf, drawn)[0]
+        return gradient.view(shape)
+
+    def _backward(self, i, entering, arguments, gradients, count):
+        """Takes the gradients back through block i; its sums by stage and run, and the stages' weights of tokens."""
+        sums, squares = [{} for _ in self.model.family.stages], [[] for _ in self.model.family.stages]
+        with self.model.block(i) as block:
+            for b in range(count):
+                outputs = {}
+                with torch.enable_grad(), self._watched(i, outputs):
+                    hidden = entering[i * count + b].to(self.model.device).requires_grad_()
+                    out = run_block(block, hidden, arguments[b][i])
+                found = torch.autograd.grad(out, [hidden, *outputs.values()], gradients[b].to(self.model.device))
+                gradients[b] = found[0]
+                self._add(i, dict(zip(outputs, found[1:], strict=True)), sums, squares)
+        return [list(of_stage.values()) for of_stage in sums], [token_weights(torch.cat(parts)) for parts in squares]
+
+    def _add(self, i, gradients, sums, squares):
+        """Adds a batch's g g^T of every run of outputs, and notes g . g of its tokens."""
+        for stage, of_stage, of_tokens in zip(self.model.family.stages, sums, squares, strict=True):
+            g = torch.cat([gradients[name].flatten(0, -2).float() for name in stage], 1)
+            of_tokens.append(g.square().sum(1).cpu())
+            for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
+                product = g[:, cut].T @ g[:, cut]
+                of_stage[run] = of_stage[run].add_(product) if run in of_stage else product
+
+    def _watched(self, i, outputs):
+        return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)
+
+    def _store(self, name):
+        return ActivationStore(self.work.folder / "activations" / name, self.budget and self.budget // 3)
+
+
+def token_weights(squares):
+    """How often each token counts in H, (T,), 1 on average: the root of its gradient's square, without outliers."""
+    if not bool(squares.any()):
+        return torch.ones_like(squares)
+    weights = squares.clamp(max=squares.quantile(OUTLIERS)).sqrt()
+    return weights / weights.mean()
+
+
+class _Watched:
+    """Context in which the outputs of linears are noted by name."""
+
+    def __init__(self, linears, outputs):
+        self.linears, self.outputs = linears, outputs
+
+    def __enter__(self):
+        self.hooks = [
+            linear.register_forward_hook(lambda module, args, out, name=name: self.outputs.update({name: out}))
+            for name, linear in self.linears
+        ]
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
