@@ -13,7 +13,7 @@ from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.mixture.recipes import MIXES
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
+from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, effort_recipe, omniquant_recipe, width
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -77,8 +77,9 @@ def parser() -> argparse.ArgumentParser:
                      "rtn: round to nearest, no text\n"
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
-                     help="gptq: fast solves (default); balanced and best go on with\n"
-                     "gradients, for about 4 and 8 times the time")  # fmt: skip
+                     help="gptq: fast solves (default); balanced weighs outputs against each\n"
+                     "other by gradients, then tunes scales; best also trains blocks;\n"
+                     "gguf: both weigh outputs, no more")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
@@ -131,7 +132,9 @@ def main(argv=None):
 def _quantize(args, command, ranks):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})
+    recipe = effort_recipe(args.effort, args.format) | (
+        omniquant_recipe(args.bits) if args.method == "omniquant" else {}
+    )
     spec = QuantSpec(
         bits=args.bits,
         group_size=args.group,

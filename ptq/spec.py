@@ -206,9 +206,17 @@ class QuantSpec:
 
 EFFORTS = {
     "fast": {},
-    "balanced": {"fisher_tokens": 32768},
-    "best": {"fisher_tokens": 32768, "tune_epochs": 8},
+    "balanced": {"fisher_tokens": 32768, "tune_epochs": 3},
+    "best": {"fisher_tokens": 32768, "reconstruct_epochs": 8, "code_lr": 1e-2, "tune_epochs": 8},
 }
+
+
+def effort_recipe(effort: str, checkpoint_format: str) -> dict:
+    """An effort's settings; what trains uniform groups is not for GGUF files."""
+    recipe = EFFORTS[effort]
+    if checkpoint_format == "gguf":
+        return {name: value for name, value in recipe.items() if name == "fisher_tokens"}
+    return dict(recipe)
 
 
 def width(text: str) -> float:

@@ -130,6 +130,9 @@ class StageSolver:
                 "dead_inputs": solution.dead,
                 "damp_percent": solution.damp_percent,
             }
+            if solution.coupled is not None:
+                refined, rounded, zeros = solution.coupled[rows].sum(0).tolist()
+                entry |= {"error_coupled": refined / (zeros or 1.0), "error_coupled_gptq": rounded / (zeros or 1.0)}
             solved[name] = solution.quantized.rows(rows), entry
         return solved
 

@@ -33,7 +33,7 @@ def row_cuts(rows: slice, in_features: int, limit: int) -> list[slice]:
 
 def coupled_cuts(out_features: int, in_features: int) -> list[slice]:
     """Rows in runs of about one length whose errors are weighed against each other (coupled.py)."""
-    limit = min(COUPLED_ROWS, max(ROWS, COUPLED_WEIGHTS // in_features))
+    limit = max(ROWS, min(COUPLED_ROWS, COUPLED_WEIGHTS // in_features) // ROWS * ROWS)
     runs = -(-out_features // limit)
     return row_cuts(slice(0, out_features), 1, -(-out_features // (runs * ROWS)) * ROWS)
 

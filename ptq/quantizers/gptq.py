@@ -18,7 +18,7 @@ from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.chunks import chunk_size, over_chunks, row_chunks, row_cuts, threads_of
 from ptq.quantizers.columns import FixedParams, damped_factor, permuted, quantize_columns
-from ptq.quantizers.coupled import errors, normalised, quantize_coupled, refine_coupled
+from ptq.quantizers.coupled import coupled_loss, errors, normalised, quantize_coupled, refine_coupled
 from ptq.quantizers.refine import refine
 from ptq.quantizers.spans import cut_spans, fit_spans
 from ptq.quantizers.vectors import quantize_vectors
@@ -28,7 +28,11 @@ LOSS_TILE = 512  # columns at once
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved stage. Losses are tr(D H D^T) of each output (O,), H damped, D against the corrected target."""
+    """A solved stage. Losses are tr(D H D^T) of each output (O,), H damped, D against the corrected target.
+
+    Where outputs were solved together, `coupled` holds their parts of tr(H_O D H D^T), (O, 3): after refinement, before,
+    and of zeros; in runs, each with its own H_O.
+    """
 
     quantized: QuantizedTensor | BlockTensor
     loss: torch.Tensor
@@ -37,6 +41,7 @@ class Solution:
     energy: torch.Tensor
     dead: float
     damp_percent: float
+    coupled: torch.Tensor | None = None
 
     def gathered(self, gather: Callable[..., torch.Tensor]) -> "Solution":
         """All outputs, where each rank has solved some; `gather(tensor, dim)` as Ranks has it."""
@@ -84,9 +89,9 @@ def gptq(
     else:
         solved = over_chunks(stage.target_and_solve, chunks, clock, threads)
     tensors, losses = zip(*solved, strict=True)
-    quantized, losses = tensors[0].stack(tensors), map(torch.cat, zip(*losses, strict=True))
+    quantized, losses = tensors[0].stack(tensors), list(map(torch.cat, zip(*losses, strict=True)))
     _let_go(H, G, WG)
-    return Solution(quantized, *losses, stage.dead, stage.damp_percent)
+    return Solution(quantized, *losses[:4], stage.dead, stage.damp_percent, *losses[4:])
 
 
 def _let_go(*consumed):
@@ -165,7 +170,7 @@ class _Stage:
         return self._tensor(codes, params), (loss, loss_gptq, loss_rtn, energy)
 
     def _solve_coupled(self, clock, Wt, HO, loss_rtn, energy):
-        """The same where rows weigh on each other."""
+        """The same where rows weigh on each other; the losses as they are for rows by themselves, then coupled."""
         with clock.phase("scales"):
             params = fit_spans(Wt.T, self.span, self.grid.fit, self.H.diagonal())
         with clock.phase("columns"):
@@ -173,16 +178,16 @@ class _Stage:
             codes = self._as_laid_out(
                 quantize_coupled(Wt[visited], self.U, HO, self.grid, given, column_block=self.spec.column_block)
             )
-        loss_gptq = self._loss_of(Wt, codes, params)
+        rounded = errors(Wt, codes, self.spans, params, self.grid)
         with clock.phase("refine"):
             refine_coupled(
                 Wt, self.H, HO, codes, self.spans, params, self.grid,
                 rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
             )  # fmt: skip
-        return self._tensor(codes, params), (self._loss_of(Wt, codes, params), loss_gptq, loss_rtn, energy)
-
-    def _loss_of(self, Wt, codes, params):
-        return _loss(errors(Wt, codes, self.spans, params, self.grid), self.H)
+        refined = errors(Wt, codes, self.spans, params, self.grid)
+        coupled = torch.stack([coupled_loss(D, self.H, HO) for D in (refined, rounded, Wt)], 1)
+        losses = _loss(refined, self.H), _loss(rounded, self.H), loss_rtn, energy, coupled
+        return self._tensor(codes, params), losses
 
     def _as_laid_out(self, rows):
         """(I, O) in visiting order, in the layout."""

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 from ptq.document import Markup, element, table
 
-LINEAR_STEPS = {"error_rtn": "plain rounding", "error_gptq": "GPTQ", "error": "refined"}
+LINEAR_STEPS = {
+    "error_rtn": "plain rounding",
+    "error_gptq": "GPTQ",
+    "error": "refined",
+    "error_coupled_gptq": "outputs weighed, GPTQ",
+    "error_coupled": "outputs weighed, refined",
+}
 BLOCK_STEPS = {"block_error_solved": "block, solved", "block_error": "block, reconstructed"}
 LEGEND = (
     "Of each block: the mean over its linears of the share of squared output that is lost, step by step; then the same"

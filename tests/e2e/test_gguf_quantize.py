@@ -170,7 +170,6 @@ def test_mistakes_are_one_line(folder, capsys):
     refused(capsys, quantize, [*given, "--bits", "7"], "bits 7", "--type")
     refused(capsys, quantize, [*given, "--act-order"], "desc_act")
     refused(capsys, quantize, [*given, "--method", "omniquant"], "omniquant", "gptq or rtn")
-    refused(capsys, quantize, [*given, "--effort", "balanced"], "effort", "--effort fast")
     refused(capsys, quantize, [*given[:-2], "--type", "Q4_0"], "need format gguf")
     opt = make_tiny("opt", folder / "opt")
     refused(capsys, quantize, ["--model", opt, *given[2:]], "opt")

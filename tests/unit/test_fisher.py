@@ -1,0 +1,135 @@
+"""Second moments of output gradients against autograd of the whole model in one piece."""
+
+import pytest
+import torch
+from test_columns import one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+import ptq.evaluation.stream
+import ptq.tuning.fisher
+from ptq.checkpoint import open_checkpoint
+from ptq.clock import Clock
+from ptq.export.gptq_tensors import GptqCodec
+from ptq.quantizers import chunks
+from ptq.spec import QuantSpec
+from ptq.streamed import StreamedModel
+from ptq.tuning.fisher import FisherPass, token_weights
+from ptq.walk import Walk
+from ptq.workdir import WorkFolder
+
+TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
+SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=60, refine_rounds=2)  # the first three rows
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(ptq.evaluation.stream, "BATCH_TOKENS", 20)  # one row a batch
+    monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
+
+
+class Measured:
+    """A pass into a work folder."""
+
+    def __init__(self, folder, out, spec=SPEC, *, resume=False, budget=None):
+        self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
+        self.work = WorkFolder(out, {"spec": spec.as_dict()}, resume=resume)
+        self.fisher = FisherPass(self.model, spec, self.work, Clock(), budget=budget, bf16=False)
+
+    def walk(self):
+        codec = GptqCodec(self.spec.bits, self.spec.group_size, self.spec.checkpoint_format)
+        Walk(self.model, self.spec, codec, self.work, Clock()).run(TOKENS)
+        return [self.work.load_block(i) for i in range(len(self.model.blocks))]
+
+
+def whole_model(folder, measured):
+    """Each block's gradients (T, O) by linear: autograd of the dense model, the same draws in the logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator, found = torch.Generator().manual_seed(SPEC.seed), {}
+    for row in TOKENS[:3]:
+        outputs = {}
+        hooks = [
+            module.register_forward_hook(lambda m, a, out, name=name: outputs.update({name: out}))  # noqa: B023
+            for name, module in model.named_modules()
+        ]
+        logits = model(row[None], use_cache=False).logits[0]
+        p = logits.detach().softmax(-1)
+        root = torch.randn(p.shape, generator=generator) * p.sqrt()
+        names = [
+            f"{measured.model.block_name(i)}.{name}"
+            for i in range(len(measured.model.blocks))
+            for name in measured.model.family.linears
+        ]
+        drawn = root - p * root.sum(-1, keepdim=True)
+        for name, g in zip(names, torch.autograd.grad(logits, [outputs[n] for n in names], drawn), strict=True):
+            found.setdefault(name, []).append(g.flatten(0, -2))
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
+@pytest.mark.parametrize("budget", [None, 0])
+def test_gradients_are_the_whole_models(tiny, tmp_path, family, budget):
+    folder = tiny(family)
+    measured = Measured(folder, tmp_path / "out", budget=budget)
+    measured.fisher.run(TOKENS)
+    expected = whole_model(folder, measured)
+    for i in range(len(measured.model.blocks)):
+        for s, stage in enumerate(measured.model.family.stages):
+            g = torch.cat([expected[f"{measured.model.block_name(i)}.{name}"] for name in stage], 1).double()
+            runs, weight = measured.work.fisher(i, s)
+            assert sum(map(len, runs)) == g.shape[1] and (len(runs) > 1) == (g.shape[1] > 96)
+            start = 0
+            for HO in runs:
+                own = g[:, start : (start := start + len(HO))]
+                wanted = own.T @ own
+                # gradients agree to fp32 sums along the model, 1e-5 of the largest; products of two to twice that
+                torch.testing.assert_close(HO.double(), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+            torch.testing.assert_close(weight, token_weights(g.square().sum(1).float()), rtol=1e-3, atol=1e-4)
+    measured.work.close()
+
+
+def test_the_covariance_of_a_draw():
+    """sqrt(p) z - p (sqrt(p) . z) has the covariance diag(p) - p p^T: exactly, by its linear map."""
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    A = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
+    torch.testing.assert_close(A @ A.T, torch.diag(p) - torch.outer(p, p))
+
+
+def test_token_weights():
+    squares = torch.tensor([1.0, 4.0] * 100 + [1e9])
+    weights = token_weights(squares)
+    assert float(weights.mean()) == pytest.approx(1) and weights[1] == pytest.approx(2 * float(weights[0]))
+    assert weights[-1] == weights[1], "an outlier counts as the 99th percentile"
+    assert torch.equal(token_weights(torch.zeros(3)), torch.ones(3))
+
+
+def test_an_earlier_pass_counts_and_a_walk_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch):
+    whole = Measured(tiny("llama"), tmp_path / "whole")
+    whole.fisher.run(TOKENS)
+    expected = whole.walk()
+    plain = Measured(tiny("llama"), tmp_path / "plain", QuantSpec(bits=2, group_size=32, refine_rounds=2)).walk()
+    assert any(not torch.equal(plain[0][name], tensor) for name, tensor in expected[0].items())
+
+    killed = Measured(tiny("llama"), tmp_path / "killed")
+    saved = killed.work.save_fisher
+
+    def save_one(i, *parts):
+        saved(i, *parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killed.work, "save_fisher", save_one)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fisher.run(TOKENS)
+    killed.work.close()
+    resumed = Measured(tiny("llama"), tmp_path / "killed", resume=True)
+    resumed.fisher.run(TOKENS)
+    monkeypatch.setattr(FisherPass, "_measure", lambda *_: pytest.fail("measured twice"))
+    resumed.fisher.run(TOKENS)
+    for ours, theirs in zip(resumed.walk(), expected, strict=True):
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_no_tokens_no_pass(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(FisherPass, "_measure", lambda *_: pytest.fail("measured"))
+    Measured(tiny("llama"), tmp_path / "out", QuantSpec()).fisher.run(TOKENS)
