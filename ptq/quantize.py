@@ -132,9 +132,9 @@ def main(argv=None):
 def _quantize(args, command, ranks):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    recipe = effort_recipe(args.effort, args.format) | (
-        omniquant_recipe(args.bits) if args.method == "omniquant" else {}
-    )
+    recipe = effort_recipe(args.effort, args.format)
+    if args.method == "omniquant":
+        recipe |= omniquant_recipe(args.bits)
     spec = QuantSpec(
         bits=args.bits,
         group_size=args.group,

@@ -30,8 +30,8 @@ LOSS_TILE = 512  # columns at once
 class Solution:
     """A solved stage. Losses are tr(D H D^T) of each output (O,), H damped, D against the corrected target.
 
-    Where outputs were solved together, `coupled` holds their parts of tr(H_O D H D^T), (O, 3): after refinement, before,
-    and of zeros; in runs, each with its own H_O.
+    Where outputs were solved together, `coupled` holds their parts of tr(H_O D H D^T), (O, 3): after refinement,
+    before, and of zeros.
     """
 
     quantized: QuantizedTensor | BlockTensor
