@@ -36,13 +36,15 @@ class Hessian:
         cross: Also accumulate G; or, given weights, W (G - H).
         weights: Matrices (O, I) that make up W, or None.
         device: Where the sums live.
+        counts: (T,) how often each of the first T tokens counts, 1 on average; the others count once.
         folder: Keeps the sums in files, one tile mapped at a time; None for memory.
     """
 
     def __init__(
-        self, in_features: int, *, cross: bool = False, weights=None, device="cpu", folder: Path | None = None
-    ):
-        self.size, self.tokens, self.weights = in_features, 0, weights
+        self, in_features: int, *, cross: bool = False, weights=None, counts=None, device="cpu",
+        folder: Path | None = None,
+    ):  # fmt: skip
+        self.size, self.tokens, self.weights, self.counts = in_features, 0, weights, counts
         self.tiles = _tiles(in_features)
         self.cross_size = in_features if weights is None else sum(map(len, weights))
         self.cross_tiles = _tiles(self.cross_size) if cross else []
@@ -61,17 +63,16 @@ class Hessian:
             return lambda: kept
         return partial(mapped, folder / f"{name}-{tile.start}.bin", shape, torch.float64, shared=True)
 
-    def add(self, x, x_full=None, weight=None):
+    def add(self, x, x_full=None):
         """Adds tokens.
 
         Args:
             x: (..., I) inputs of the quantized stream.
             x_full: the same tokens' inputs in the full-precision stream, if `cross`.
-            weight: (T,) how often each token counts; None for once.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        if weight is not None:
-            root = weight.sqrt()[:, None].to(x)
+        if self.counts is not None:
+            root = self._next_counts(len(x)).sqrt()[:, None].to(x)
             x, x_full = x * root, None if x_full is None else x_full.reshape(x.shape).float() * root
         for tile, total in zip(self.tiles, self.sums, strict=True):
             total().add_(x[:, tile].T @ x[:, tile.start :])
@@ -81,6 +82,11 @@ class Hessian:
             for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
                 total().add_(rows[:, tile].T @ x)
         self.tokens += x.shape[0]
+
+    def _next_counts(self, tokens):
+        """(tokens,) how often those to be added count."""
+        counts = self.counts[self.tokens : self.tokens + tokens]
+        return torch.cat([counts, counts.new_ones(tokens - len(counts))])
 
     def _outputs(self, x):
         """(T, O) x W^T."""

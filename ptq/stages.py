@@ -36,12 +36,10 @@ class StageSolver:
         self.model, self.spec, self.codec, self.clock = model, spec, codec, clock
         self.sums, self.ranks, self.bf16 = sums, ranks, bf16
 
-    def hessian(self, i: int, stage, *, cross: bool) -> Hessian:
+    def hessian(self, i: int, stage, *, cross: bool, counts=None) -> Hessian:
         """Sums for a stage of block i, to be fed with what it reads; `cross` where there are two streams."""
-        inputs = self.model.weight(i, stage[0]).shape[1]
-        return Hessian(
-            inputs, cross=cross, weights=self._summed_with(i, stage), device=self.model.device, folder=self.sums
-        )
+        inputs, weights = self.model.weight(i, stage[0]).shape[1], self._summed_with(i, stage)
+        return Hessian(inputs, cross=cross, weights=weights, counts=counts, device=self.model.device, folder=self.sums)
 
     def solve(self, i: int, stage, H, G, salt: int, outputs=None):
         """(QuantizedTensor, report entry) of each linear of a stage of block i.

@@ -182,8 +182,8 @@ class Walk:
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
                 release_freed()
-                outputs, weight = self.work.fisher(i, s) if self.spec.fisher_tokens else (None, None)
-                H, G = self._accumulate(quantized, full, streams.full, i, stage, weight)
+                outputs, counts = self.work.fisher(i, s) if self.spec.fisher_tokens else (None, None)
+                H, G = self._accumulate(quantized, full, streams.full, i, stage, counts)
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 release_freed()
@@ -291,23 +291,18 @@ class Walk:
         with self.clock.phase(phase), bf16_products(self.bf16):
             yield
 
-    def _accumulate(self, quantized, full, store, i, stage, weight):
+    def _accumulate(self, quantized, full, store, i, stage, counts):
         """Runs the quantized stream up to a stage and sums what the stage will read: H, and G, W (G - H) or None.
-
-        The first tokens count as often as `weight` says, if it is given, the others once.
 
         What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
         stage's inputs may be wider than its outputs.
         """
-        hessian, passed = self.stages.hessian(i, stage, cross=bool(full)), 0
+        hessian = self.stages.hessian(i, stage, cross=bool(full), counts=counts)
         for b in range(len(quantized)):
             with self._products("forward"):
                 x = quantized.advance(b)
             with self._products("hessian"):
-                tokens = x.numel() // x.shape[-1]
-                counts = None if weight is None else _padded(weight[passed : passed + tokens], tokens)
-                hessian.add(x, *(forwards.reads(b) for forwards in full), weight=counts)
-                passed += tokens
+                hessian.add(x, *(forwards.reads(b) for forwards in full))
             quantized.settle(b)
             for forwards in full:
                 self._advance(forwards, b, store)
@@ -329,8 +324,3 @@ class Walk:
             with self.clock.phase("pack"):
                 for part, tensor in self.codec.pack(qt).items():
                     tensors[f"{linear}.{part}"] = tensor.cpu()
-
-
-def _padded(weight, tokens):
-    """With ones up to a number of tokens."""
-    return torch.cat([weight, weight.new_ones(tokens - len(weight))])

@@ -134,3 +134,18 @@ def test_is_symmetric_and_dead_inputs_are_exact_zeros(tile, monkeypatch):
 def test_no_tokens():
     H, G = Hessian(4, cross=True).finalise()
     assert torch.equal(H, torch.zeros(4, 4)) and torch.equal(G, torch.zeros(4, 4))
+
+
+def test_tokens_count_as_often_as_they_are_said_to():
+    """Weighted sums over any split; tokens past those that were counted count once."""
+    X, X_full = (correlated(seed, tokens=TOKENS)[1] for seed in (0, 1))
+    counts = torch.rand(150, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    every = torch.cat([counts, torch.ones(TOKENS - 150)])[:, None]
+    W = correlated(2)[0][:5]
+    for weights, wanted in ((None, (every * X_full).T @ X), ([W.float()], W @ (every * (X_full - X)).T @ X)):
+        hessian = Hessian(X.shape[1], cross=True, weights=weights, counts=counts.float())
+        for x, x_full in zip(X.float().split(90), X_full.float().split(90), strict=True):
+            hessian.add(x, x_full)
+        H, G = hessian.finalise()
+        assert close(H, 2 / TOKENS * (every * X).T @ X, X, X)
+        torch.testing.assert_close(G.double(), 2 / TOKENS * wanted, rtol=0, atol=1e-4 * float(G.abs().max()))
