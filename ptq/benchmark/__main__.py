@@ -98,7 +98,7 @@ def _text(facts, rates, run) -> str:
         f"{facts['model']}: {blocks} of {whole} blocks, {facts['bits']} bits, groups of {facts['group']},"
         f" {facts['samples']} x {facts['seqlen']} tokens, threads: {facts['threads']}",
         f"this machine: {rates.products / 1e9:.1f} billion operations a second in fp32 products,"
-        f" {rates.walk / 1e9:.1f} in those of forward passes and Hessians;"
+        f" {rates.walk / 1e9:.1f} in those of two matrices on the way;"
         f" memory {size_text(rates.memory)}/s;"
         f" disk {size_text(rates.disk_read)}/s read, {size_text(rates.disk_write)}/s written",
         "",

@@ -22,7 +22,7 @@ class Rates:
 
     Attributes:
         products: Operations of fp32 products.
-        walk: Operations of the products of forward passes and Hessians: in bf16 units where there are such.
+        walk: Operations of the walk's products of two matrices: in bf16 units where there are such.
         memory: Bytes read and written in memory.
         disk_read: Bytes.
         disk_write: Bytes.

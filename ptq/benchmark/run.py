@@ -153,7 +153,7 @@ def _block_bytes(streamed):
 def _floors(streamed, work, rates):
     """Seconds that the phases take at least, in the blocks that are run."""
     blocks, disk = len(streamed.blocks), disk_bytes(work, *_block_bytes(streamed))
-    rate_of = {"forward": rates.walk, "hessian": rates.walk}
+    rate_of = dict.fromkeys(("forward", "hessian", "baseline", "columns", "refine"), rates.walk)
     counts = operations(work).items()
     floors = {name: blocks * count / rate_of.get(name, rates.products) for name, count in counts}
     floors |= {name: blocks * count / rates.memory for name, count in memory_bytes(work).items()}
