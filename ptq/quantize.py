@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
                      help="gptq: fast solves (default); balanced weighs outputs against each\n"
-                     "other by gradients, then tunes scales; best also trains blocks;\n"
+                     "other by gradients, then tunes scales; best does so for longer;\n"
                      "gguf: both weigh outputs, no more")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",

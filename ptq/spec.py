@@ -52,7 +52,7 @@ class QuantSpec:
         code_lr: Learning rate of the positions behind the codes, in codes.
         scale_lr: Learning rate of scales in a block, relative to the scale.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
-            other; 0 weighs them all the same and by themselves.
+            other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
         tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
     """
@@ -87,7 +87,7 @@ class QuantSpec:
     scale_lr: float = 1e-2
     fisher_tokens: int = 0
     tune_epochs: int = 0
-    tune_lr: float = 1e-2
+    tune_lr: float = 5e-3
 
     def __post_init__(self):
         rules = (
@@ -206,8 +206,8 @@ class QuantSpec:
 
 EFFORTS = {
     "fast": {},
-    "balanced": {"fisher_tokens": 32768, "tune_epochs": 3},
-    "best": {"fisher_tokens": 32768, "reconstruct_epochs": 8, "code_lr": 1e-2, "tune_epochs": 8},
+    "balanced": {"fisher_tokens": 1 << 15, "tune_epochs": 3},
+    "best": {"fisher_tokens": 1 << 17, "tune_epochs": 8},
 }
 
 

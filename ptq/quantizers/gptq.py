@@ -8,6 +8,7 @@ Legend: O outputs, I inputs, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, repeat
 
 import torch
@@ -158,7 +159,7 @@ class _Stage:
     def solve(self, clock, Wt, HO, loss_rtn, energy):
         """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
         if HO is not None:
-            return self._solve_coupled(clock, Wt, normalised(HO), loss_rtn, energy)
+            return self._solve_coupled(clock, Wt, normalised(HO.cpu()), loss_rtn, energy)
         codes, params, loss_gptq = self._round(clock, Wt)
         loss = loss_gptq
         if self.spec.refine_rounds:
@@ -171,30 +172,37 @@ class _Stage:
 
     def _solve_coupled(self, clock, Wt, HO, loss_rtn, energy):
         """The same where rows weigh on each other; the losses as they are for rows by themselves, then coupled."""
+        (H, U), device, Wt = self._on_cpu, Wt.device, Wt.cpu()
         with clock.phase("scales"):
-            params = fit_spans(Wt.T, self.span, self.grid.fit, self.H.diagonal())
+            params = fit_spans(Wt.T, self.span, self.grid.fit, H.diagonal())
         with clock.phase("columns"):
-            given, visited = self._fixed(params), slice(None) if self.visited is None else self.visited
+            given, visited = self._fixed(params), slice(None) if self.visited is None else self.visited.cpu()
             codes = self._as_laid_out(
-                quantize_coupled(Wt[visited], self.U, HO, self.grid, given, column_block=self.spec.column_block)
+                quantize_coupled(Wt[visited], U, HO, self.grid, given, column_block=self.spec.column_block)
             )
         rounded = errors(Wt, codes, self.spans, params, self.grid)
         with clock.phase("refine"):
             refine_coupled(
-                Wt, self.H, HO, codes, self.spans, params, self.grid,
+                Wt, H, HO, codes, self.spans, params, self.grid,
                 rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
             )  # fmt: skip
         refined = errors(Wt, codes, self.spans, params, self.grid)
-        coupled = torch.stack([coupled_loss(D, self.H, HO) for D in (refined, rounded, Wt)], 1)
-        losses = _loss(refined, self.H), _loss(rounded, self.H), loss_rtn, energy, coupled
-        return self._tensor(codes, params), losses
+        coupled = torch.stack([coupled_loss(D, H, HO) for D in (refined, rounded, Wt)], 1)
+        losses = _loss(refined, H), _loss(rounded, H), loss_rtn, energy, coupled
+        params = [tuple(numbers.to(device) for numbers in of_span) for of_span in params]
+        return self._tensor(codes.to(device), params), tuple(x.to(device) for x in losses)
+
+    @cached_property
+    def _on_cpu(self):
+        """H and U for loops that are compiled."""
+        return self.H.cpu(), self.U.cpu()
 
     def _as_laid_out(self, rows):
         """(I, O) in visiting order, in the layout."""
         if self.visited is None:
             return rows.contiguous()
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        result[self.visited] = rows
+        result[self.visited.to(rows.device)] = rows
         return result
 
     def _tensor(self, codes, params):

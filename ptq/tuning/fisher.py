@@ -44,7 +44,8 @@ class FisherPass:
         """Measures what the walk will ask for, unless an earlier run did or the spec asks for nothing.
 
         Args:
-            tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used.
+            tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used, several times
+                with other draws where there are fewer.
         """
         blocks = range(len(self.model.blocks))
         wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.fisher_tokens else []
@@ -52,18 +53,19 @@ class FisherPass:
             return
         rows = max(1, self.spec.fisher_tokens // tokens.shape[1])
         with self.clock.phase("fisher"), bf16_products(self.bf16):
-            self._measure(batches_of(tokens[:rows]))
+            self._measure(batches_of(tokens[:rows]), draws=max(1, self.spec.fisher_tokens // tokens.numel()))
 
-    def _measure(self, batches):
+    def _measure(self, batches, draws):
         entering, states, arguments = self._forward(batches)
         generator = torch.Generator().manual_seed(self.spec.seed)
         with self.model.outside(head=True):
-            gradients = self._store("gradients")
-            for hidden in states:
-                gradients.append(self._head(hidden, generator))
+            gradients = [self._store(f"gradients-{draw}") for draw in range(draws)]
+            for store in gradients:
+                for hidden in states:
+                    store.append(self._head(hidden, generator))
         last = len(self.model.blocks) - 1
         for i in tqdm(range(last, -1, -1), desc="gradients", unit="block", disable=None, leave=False):
-            self.work.save_fisher(i, *self._backward(i, entering, arguments, gradients, len(batches)))
+            self.work.save_fisher(i, *self._backward(i, entering, arguments, gradients))
 
     def _forward(self, batches):
         """What enters each block, block by block, what leaves the last one, and the blocks' other arguments."""
@@ -100,28 +102,31 @@ class FisherPass:
             gradient[:, some] = torch.autograd.grad(logits, leaf, drawn)[0]
         return gradient.view(shape)
 
-    def _backward(self, i, entering, arguments, gradients, count):
-        """Takes the gradients back through block i; its sums by stage and run, and the stages' weights of tokens."""
-        sums, squares = [{} for _ in self.model.family.stages], [[] for _ in self.model.family.stages]
+    def _backward(self, i, entering, arguments, gradients):
+        """Takes every draw's gradients back through block i; H_O by stage and run, the stages' weights of tokens."""
+        stages, count = self.model.family.stages, len(arguments)
+        sums, squares = [{} for _ in stages], [{} for _ in stages]
         with self.model.block(i) as block:
             for b in range(count):
                 outputs = {}
                 with torch.enable_grad(), self._watched(i, outputs):
                     hidden = entering[i * count + b].to(self.model.device).requires_grad_()
                     out = run_block(block, hidden, arguments[b][i])
-                found = torch.autograd.grad(out, [hidden, *outputs.values()], gradients[b].to(self.model.device))
-                gradients[b] = found[0]
-                self._add(i, dict(zip(outputs, found[1:], strict=True)), sums, squares)
-        return [list(of_stage.values()) for of_stage in sums], [token_weights(torch.cat(parts)) for parts in squares]
+                for store in gradients:
+                    given, again = store[b].to(self.model.device), store is not gradients[-1]
+                    found = torch.autograd.grad(out, [hidden, *outputs.values()], given, retain_graph=again)
+                    store[b] = found[0]
+                    self._add(i, b, dict(zip(outputs, found[1:], strict=True)), sums, squares)
+        weights = [token_weights(torch.cat(list(of_stage.values())).cpu()) for of_stage in squares]
+        return [[HO.cpu() for HO in of_stage.values()] for of_stage in sums], weights
 
-    def _add(self, i, gradients, sums, squares):
-        """Adds a batch's g g^T of every run of outputs, and notes g . g of its tokens."""
+    def _add(self, i, b, gradients, sums, squares):
+        """Adds a draw's g g^T of every run of outputs, and g . g of the tokens of batch b."""
         for stage, of_stage, of_tokens in zip(self.model.family.stages, sums, squares, strict=True):
             g = torch.cat([gradients[name].flatten(0, -2).float() for name in stage], 1)
-            of_tokens.append(g.square().sum(1).cpu())
+            of_tokens[b] = of_tokens.get(b, 0) + g.square().sum(1)
             for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
-                product = g[:, cut].T @ g[:, cut]
-                of_stage[run] = of_stage[run].add_(product) if run in of_stage else product
+                of_stage[run] = of_stage.get(run, 0) + g[:, cut].T @ g[:, cut]
 
     def _watched(self, i, outputs):
         return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)

@@ -148,6 +148,18 @@ def test_the_same_bytes_again_and_after_a_resume(folder, monkeypatch):
     assert third.read_bytes() == first.read_bytes()
 
 
+@pytest.mark.parametrize("ggml_type", ["Q4_0", "Q2_K"])
+def test_outputs_weighed_against_each_other(folder, ggml_type):
+    """The file is the same kind of file, holds what was solved, and loses less where losses are weighed."""
+    source = make_tiny("llama", folder / "source", hidden_size=256, intermediate_size=512)
+    fast, balanced = (
+        made(folder, source, f"out-{tokens}", ggml_type=ggml_type, fisher_tokens=tokens) for tokens in (0, 10**6)
+    )
+    assert types_of(fast[0]) == types_of(balanced[0]) and fast[0].read_bytes() != balanced[0].read_bytes()
+    assert all(entry["error_coupled"] < entry["error_coupled_gptq"] for entry in balanced[1]["linears"].values())
+    assert all(0 < entry["error"] < 1 for entry in balanced[1]["linears"].values())
+
+
 def test_plain_rounding_needs_no_text(folder):
     source = make_tiny("llama", folder / "source")
     spec = QuantSpec(checkpoint_format="gguf", ggml_type="Q5_0", method="rtn")

@@ -1,5 +1,7 @@
 """Second moments of output gradients against autograd of the whole model in one piece."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_columns import one_thread  # noqa: F401
@@ -41,11 +43,11 @@ class Measured:
         return [self.work.load_block(i) for i in range(len(self.model.blocks))]
 
 
-def whole_model(folder, measured):
-    """Each block's gradients (T, O) by linear: autograd of the dense model, the same draws in the logits."""
+def whole_model(folder, measured, draws=1):
+    """Each block's gradients (T, O) by linear, draw after draw: autograd of the dense model, the same draws in logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator, found = torch.Generator().manual_seed(SPEC.seed), {}
-    for row in TOKENS[:3]:
+    for row in TOKENS[:3] if draws == 1 else TOKENS.repeat(draws, 1):
         outputs = {}
         hooks = [
             module.register_forward_hook(lambda m, a, out, name=name: outputs.update({name: out}))  # noqa: B023
@@ -87,6 +89,17 @@ def test_gradients_are_the_whole_models(tiny, tmp_path, family, budget):
                 torch.testing.assert_close(HO.double(), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
             torch.testing.assert_close(weight, token_weights(g.square().sum(1).float()), rtol=1e-3, atol=1e-4)
     measured.work.close()
+
+
+def test_fewer_tokens_are_drawn_several_times(tiny, tmp_path):
+    spec = replace(SPEC, fisher_tokens=2 * TOKENS.numel() + 1)
+    measured = Measured(tiny("llama"), tmp_path / "out", spec)
+    measured.fisher.run(TOKENS)
+    g = whole_model(tiny("llama"), measured, draws=2)["model.layers.0.self_attn.o_proj"].double()
+    (HO,), weight = measured.work.fisher(0, 1)
+    torch.testing.assert_close(HO.double(), g.T @ g, rtol=0, atol=1e-4 * float((g.T @ g).abs().max()))
+    squares = g.square().sum(1).float().view(2, -1).sum(0)
+    torch.testing.assert_close(weight, token_weights(squares), rtol=1e-3, atol=1e-4)
 
 
 def test_the_covariance_of_a_draw():

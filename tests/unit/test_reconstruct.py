@@ -222,7 +222,7 @@ def test_effort_on_the_command_line(monkeypatch, capsys):
             quantize.main(flags)
     assert [spec.refined for spec in specs] == [False, False, True, True] and specs[0] == specs[1] == QuantSpec()
     balanced, best = specs[2:]
-    assert best.reconstruct_epochs > balanced.reconstruct_epochs and best.tune_epochs > balanced.tune_epochs
+    assert best.fisher_tokens > balanced.fisher_tokens > 0 and best.tune_epochs > balanced.tune_epochs > 0
     with pytest.raises(SystemExit) as left:
         quantize.main(["--effort", "best", "--method", "rtn"])
     assert left.value.code == 2 and "effort is for method gptq, not rtn" in capsys.readouterr().err
