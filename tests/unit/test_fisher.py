@@ -44,7 +44,7 @@ class Measured:
 
 
 def whole_model(folder, measured, draws=1):
-    """Each block's gradients (T, O) by linear, draw after draw: autograd of the dense model, the same draws in logits."""
+    """Gradients (T, O) by linear, draw after draw: autograd of the dense model, the same draws in its logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator, found = torch.Generator().manual_seed(SPEC.seed), {}
     for row in TOKENS[:3] if draws == 1 else TOKENS.repeat(draws, 1):
