@@ -236,6 +236,7 @@ def test_effort_on_the_command_line(monkeypatch, capsys):
         ({"method": "omniquant"}, "method gptq, not omniquant"),
         ({"reconstruct_epochs": -1}, "reconstruct_epochs -1"),
         ({"tune_epochs": -1}, "tune_epochs -1"),
+        ({"fisher_tokens": -1}, "fisher_tokens -1"),
         ({"code_lr": 0.0}, "code_lr 0.0"),
         ({"scale_lr": 0.0}, "scale_lr 0.0"),
         ({"tune_lr": 0.0}, "tune_lr 0.0"),
