@@ -2,9 +2,9 @@
 
     python tools/growth.py --threads 2 --repeat 3
 
-Random models of Llama's proportions (narrow as they are, they need no download); every run is a process of its own, and
-runs alternate. Printed are medians, and how many times as much each doubling takes as the base. Seconds are those of the
-walk: what its phases take, without imports and reading the result back.
+Random models of Llama's proportions; every run is a process of its own, and runs alternate. Printed are medians, and how
+many times as much each doubling takes as the base. Seconds are those of the walk: what its phases take, without imports
+and reading the result back.
 """
 
 import argparse
@@ -65,9 +65,8 @@ def main():
     base = median(seconds for seconds, _ in taken["base"])
     for name, case in cases.items():
         seconds, peak = (median(column) for column in zip(*taken[name], strict=True))
-        print(
-            f"| {name} | {case['tokens']} | {case['depth']} | {case['width']} | {seconds:.1f} | {seconds / base:.2f} | {peak:.0f} |"
-        )
+        sizes = " | ".join(str(case[key]) for key in BASE)
+        print(f"| {name} | {sizes} | {seconds:.1f} | {seconds / base:.2f} | {peak:.0f} |")
 
 
 if __name__ == "__main__":
