@@ -2,7 +2,7 @@
 
     python tools/growth.py --threads 2 --repeat 3
 
-Random models of the proportions of Llama; every run is a process of its own, runs alternate. Printed are medians, and how
+Random models of Llama's proportions; every run is a process of its own, runs alternate. Printed are medians, and how
 many times as much each doubling takes as the base. Seconds are those of the walk: what its phases take, without imports
 and reading the result back.
 """
