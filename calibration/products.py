@@ -41,7 +41,7 @@ def bf16_products(wanted: bool):
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, of bf16 factors; training keeps fp32 ones."""
+    """Transformers' attention by torch's fused kernel, of bf16 factors; where gradients are asked for, it is theirs."""
     factors = query, key, value
     if query.device.type == "cpu" and query.dtype == torch.float32 and not torch.is_grad_enabled():
         factors = (factor.bfloat16() for factor in factors)

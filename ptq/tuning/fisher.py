@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from calibration.capture import run_block
+from calibration.errors import InputError
 from calibration.products import bf16_products
 from calibration.store import ActivationStore
 from ptq.clock import Clock
@@ -46,6 +47,9 @@ class FisherPass:
         Args:
             tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used, several times
                 with other draws where there are fewer.
+
+        Raises:
+            InputError: A gradient is not finite.
         """
         blocks = range(len(self.model.blocks))
         wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.fisher_tokens else []
@@ -117,6 +121,11 @@ class FisherPass:
                     found = torch.autograd.grad(out, [hidden, *outputs.values()], given, retain_graph=again)
                     store[b] = found[0]
                     self._add(i, b, dict(zip(outputs, found[1:], strict=True)), sums, squares)
+        if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in sums for HO in of_stage.values()):
+            raise InputError(
+                f"the gradients in {self.model.block_name(i)} are not finite on the calibration text: --dtype float32"
+                " has the widest range, --effort fast needs none; else the model is damaged at this block or after"
+            )
         weights = [token_weights(torch.cat(list(of_stage.values())).cpu()) for of_stage in squares]
         return [[HO.cpu() for HO in of_stage.values()] for of_stage in sums], weights
 

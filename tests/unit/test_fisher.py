@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.evaluation.stream
 import ptq.tuning.fisher
+from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.export.gptq_tensors import GptqCodec
@@ -141,6 +142,14 @@ def test_an_earlier_pass_counts_and_a_walk_goes_on_to_the_same_bytes(tiny, tmp_p
     resumed.fisher.run(TOKENS)
     for ours, theirs in zip(resumed.walk(), expected, strict=True):
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_gradients_that_are_not_finite_are_refused(tiny, tmp_path, monkeypatch):
+    measured = Measured(tiny("llama"), tmp_path / "out")
+    monkeypatch.setattr(measured.fisher, "_head", lambda hidden, generator: torch.full_like(hidden, torch.inf))
+    with pytest.raises(InputError, match="the gradients in model.layers.1 are not finite .* --effort fast"):
+        measured.fisher.run(TOKENS)
+    assert not measured.work.has_fisher(1)
 
 
 def test_no_tokens_no_pass(tiny, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
-"""Products in bf16 units: how far off they are, that the solver never sees them, and when they are chosen."""
+"""Products in bf16 units: how far off they are, attention among them, and when they are chosen."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ptq.defaults
 from calibration.products import bf16_products, has_bf16_units
@@ -36,6 +39,30 @@ def test_factors_are_rounded_and_sums_are_not():
     assert bool(((found.double() - exact).abs() <= 2 * 2**-9 * 1.01 * scale).all())
     assert bool(((found.double() - rounded).abs() <= 256 * 2**-24 * scale).all())
     assert not torch.equal(found, plain) and torch.equal(A @ B, plain)  # and the switch is back
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_rounded_factors(masked):
+    """Against exact attention of bf16 factors: its weights are rounded once more, by 2**-9 at most, on their way into
+    the second product, and so is what the kernel gives. With gradients the call goes to transformers as it is."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3))
+    module = SimpleNamespace(is_causal=not masked)
+    mask = torch.full((40, 40), -torch.inf).triu(1)[None, None] if masked else None
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    q, k, v = (x.bfloat16().double() for x in (query, key, value))
+    p = (q @ k.mT / 4 + torch.full((40, 40), -torch.inf, dtype=torch.float64).triu(1)).softmax(-1)
+    exact, bound = (p @ v).transpose(1, 2), 3 * 2**-9 * (p @ v.abs()).transpose(1, 2)
+    plain, _ = before(module, query, key, value, mask)
+    with bf16_products(True):
+        with torch.no_grad():
+            found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
+        trained, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query.requires_grad_(), key, value, mask)
+        assert torch.equal(trained, before(module, query, key, value, mask)[0]) and trained.requires_grad
+    assert found.dtype == torch.float32 and bool(((found.double() - exact).abs() <= bound).all())
+    assert not torch.equal(found, plain)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 def test_the_switch_is_back_after_an_error():
