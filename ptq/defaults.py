@@ -53,6 +53,13 @@ def default_budget() -> int:
     return int(0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def whole_model_room(device: torch.device) -> int:
+    """Bytes that a model may take which one step wants whole: that much of memory, or four fifths of a GPU's."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
+    return default_budget()
+
+
 def context_length(config) -> int | None:
     """Positions the model was made for, if its config says so."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -21,12 +21,13 @@ from ptq.budget import MemoryPlan, plan_memory
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.continuation import continuation
-from ptq.defaults import choose_device, choose_dtype, choose_products, default_budget, window_length
+from ptq.defaults import choose_device, choose_dtype, choose_products, default_budget, whole_model_room, window_length
 from ptq.demo import DEMO
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.formats import GgufFormat, GptqFormat, format_of
 from ptq.load import LoadedModel
 from ptq.memory import peak_memory, resident_memory, return_large_blocks
+from ptq.own_text import OwnText
 from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.report.facts import weight_histograms
@@ -180,6 +181,7 @@ class _Job:
             "spec": self.spec.as_dict(),
             "model": self.streamed.checkpoint.fingerprint(),
             "calibration": self.drawn and self.drawn.describe(),
+            "own_rows": self.drawn and self.own_text.rows(self.drawn.tokens),
             "dtype": str(self.streamed.dtype),
             "products": "bf16" if self.bf16 else "as dtype",
             "device": self.streamed.device.type,
@@ -187,19 +189,31 @@ class _Job:
             "ranks": self.ranks.size,
         }
 
+    @property
+    def own_text(self) -> OwnText:
+        """What the model may add to the calibration text."""
+        room = whole_model_room(self.streamed.device)
+        return OwnText(self.streamed, self.spec, self.clock, room=room, bf16=self.bf16)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        obstacle = self.drawn and self.own_text.obstacle(self.drawn.tokens)
+        return [*self.kind.notes(self.streamed, self.linears), *([obstacle] if obstacle else [])]
+
     def settled(self, work: WorkFolder | None = None):
         """Lets the first rank settle what comes before the walk, and every rank adopt it; gives the walk's `embed`."""
         tokens, budget = self.drawn and self.drawn.tokens, self.plan.activations
         prepared = self.ranks.from_first(lambda: self.kind.prepare(self.streamed, work, tokens, budget=budget))
         return self.kind.adopt(prepared)
 
-    def walk(self, work: WorkFolder | Scratch, embed):
-        """Walks this rank's share."""
+    def walk(self, work: WorkFolder | Scratch, embed, tokens):
+        """Walks this rank's share of calibration rows."""
         walk = Walk(
             self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed,
             budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks, bf16=self.bf16,
         )  # fmt: skip
-        walk.run(self.drawn and self.drawn.tokens)
+        walk.run(tokens)
 
 
 def _check_ranks(job: _Job):
@@ -221,7 +235,7 @@ def _follow(job: _Job, out: Path):
     """What other ranks than the first do."""
     scratch = Scratch(out, job.ranks.rank)
     try:
-        job.walk(scratch, job.settled())
+        job.walk(scratch, job.settled(), job.drawn and job.drawn.tokens)
     finally:
         scratch.close()
 
@@ -229,11 +243,11 @@ def _follow(job: _Job, out: Path):
 def _run(job: _Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
     streamed, kind, clock = job.streamed, job.kind, job.clock
-    tokens = job.drawn and job.drawn.tokens
     with clock.phase("types"):
         embed = job.settled(work)
+    tokens = job.drawn and job.own_text.added_to(job.drawn.tokens, work)
     FisherPass(streamed, job.spec, work, clock, budget=job.plan.activations, bf16=job.bf16).run(tokens)
-    job.walk(work, embed)
+    job.walk(work, embed, tokens)
     ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
@@ -258,7 +272,7 @@ def _run(job: _Job, work: WorkFolder) -> dict:
         "peak_memory_bytes": peak_memory(streamed.device),
         "resumed": work.resumed,
         "runtimes": [verdict.as_dict() for verdict in verdicts],
-        "notes": kind.notes(streamed, job.linears),
+        "notes": job.notes,
         "bytes": kind.bytes_by_part(packed),
         "histograms": weight_histograms(streamed.checkpoint, packed, per_linear),
         "tuning": work.tuned_report(),

@@ -51,6 +51,8 @@ class QuantSpec:
             trained; 0 leaves them as solved.
         code_lr: Learning rate of the positions behind the codes, in codes.
         scale_lr: Learning rate of scales in a block, relative to the scale.
+        own_tokens: GPTQ: tokens of text that the full-precision model writes itself and that calibrates beside the given
+            one; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
             other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
         tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.
@@ -85,6 +87,7 @@ class QuantSpec:
     reconstruct_epochs: int = 0
     code_lr: float = 2e-2
     scale_lr: float = 1e-2
+    own_tokens: int = 0
     fisher_tokens: int = 0
     tune_epochs: int = 0
     tune_lr: float = 5e-3
@@ -156,6 +159,7 @@ class QuantSpec:
             (self.let_lr > 0, f"let_lr {self.let_lr} is not positive"),
             (self.let or not self.let_shift, "let_shift needs let"),
             (self.reconstruct_epochs >= 0, f"reconstruct_epochs {self.reconstruct_epochs} is negative"),
+            (self.own_tokens >= 0, f"own_tokens {self.own_tokens} is negative"),
             (self.fisher_tokens >= 0, f"fisher_tokens {self.fisher_tokens} is negative"),
             (self.tune_epochs >= 0, f"tune_epochs {self.tune_epochs} is negative"),
             (self.code_lr > 0, f"code_lr {self.code_lr} is not positive"),
@@ -187,8 +191,8 @@ class QuantSpec:
 
     @property
     def refined(self) -> bool:
-        """Whether gradients take part."""
-        return self.fisher_tokens > 0 or self.trained_on
+        """Whether more than the solver takes part: gradients, or text of the model's own."""
+        return self.own_tokens > 0 or self.fisher_tokens > 0 or self.trained_on
 
     @property
     def trained_on(self) -> bool:

@@ -111,6 +111,22 @@ class StreamedModel:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
         return self.model
 
+    @contextmanager
+    def whole_for_a_while(self) -> Iterator[nn.Module]:
+        """The same; all weights are dropped at the end."""
+        try:
+            yield self.whole()
+        finally:
+            for name in self._shapes:
+                self._drop(name)
+            if self._tied:
+                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    @property
+    def weight_count(self) -> int:
+        """Weights in all."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
     def embed(self, tokens: torch.Tensor):
         """Hidden states entering block 0 and every block's other arguments, for tokens (batch, T); inside outside()."""
         return record_block_inputs(lambda: self._base(tokens), self.blocks)
