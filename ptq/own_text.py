@@ -69,13 +69,14 @@ class OwnText:
         openings = tokens[torch.arange(count) % len(tokens), :OPENING]
         chances = torch.rand(count, T, generator=torch.Generator().manual_seed(self.spec.seed), dtype=torch.double)
         rows = []
+        keys = torch.bfloat16 if self.bf16 and self.model.config._attn_implementation == "sdpa" else None
         with (
             self.model.whole_for_a_while() as model,
             bf16_products(self.bf16),
             tqdm(total=count * (T - OPENING), desc="own text", unit="token", disable=None, leave=False) as bar,
         ):
             for opening, of_rows in zip(openings.split(AT_ONCE), chances.split(AT_ONCE), strict=True):
-                rows.append(continued(model, opening.to(self.model.device), of_rows, bar).cpu())
+                rows.append(continued(model, opening.to(self.model.device), of_rows, keys=keys, bar=bar).cpu())
         release_freed()
         return torch.cat(rows)
 
@@ -92,7 +93,7 @@ class OwnText:
         return 2 * self.model.dtype.itemsize * len(self.model.blocks) * self.model.config.hidden_size
 
 
-def continued(model, opening, chances, bar=None):
+def continued(model, opening, chances, *, keys=None, bar=None):
     """Rows (n, T) that begin with `opening` (n, k) and go on with tokens drawn from the model's predictions.
 
     Args:
@@ -100,11 +101,12 @@ def continued(model, opening, chances, bar=None):
         opening: First tokens.
         chances: (n, T) between 0 and 1: at each position the token is the first whose cumulative probability is
             larger. So rows do not depend on those beside them.
+        keys: dtype in which keys and values are kept; None for the model's.
         bar: A progress bar of tokens.
     """
     T = chances.shape[1]
     text = opening[:, :T]
-    given, cache = text, Cache(layers=[_RoomyLayer(T) for _ in range(model.config.num_hidden_layers)])
+    given, cache = text, Cache(layers=[_RoomyLayer(T, keys) for _ in range(model.config.num_hidden_layers)])
     while text.shape[1] < T:
         logits = model(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1]
         below = logits.double().softmax(-1).cumsum(-1)
@@ -121,17 +123,19 @@ class _RoomyLayer(DynamicLayer):
 
     Args:
         tokens: How many there will be.
+        kept: dtype of the room; None for that of what comes.
     """
 
-    def __init__(self, tokens):
+    def __init__(self, tokens, kept):
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.kept = tokens, kept
 
     def lazy_initialization(self, key_states, value_states):
         """Makes the room."""
         super().lazy_initialization(key_states, value_states)
         self.filled = 0
-        self.room = [x.new_empty(*x.shape[:-2], self.tokens, x.shape[-1]) for x in (key_states, value_states)]
+        shapes = ((*x.shape[:-2], self.tokens, x.shape[-1]) for x in (key_states, value_states))
+        self.room = [key_states.new_empty(shape, dtype=self.kept) for shape in shapes]
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Adds tokens; all keys and values until now, as views."""
