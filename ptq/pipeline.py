@@ -246,9 +246,10 @@ def _run(job: _Job, work: WorkFolder) -> dict:
     with clock.phase("types"):
         embed = job.settled(work)
     tokens = job.drawn and job.own_text.added_to(job.drawn.tokens, work)
-    FisherPass(streamed, job.spec, work, clock, budget=job.plan.activations, bf16=job.bf16).run(tokens)
+    share = {"budget": job.plan.activations, "bf16": job.bf16}
+    FisherPass(streamed, job.spec, work, clock, **share).run(tokens)
     job.walk(work, embed, tokens)
-    ScaleTuning(streamed, job.spec, kind.codec, work, clock, budget=job.plan.activations).run(tokens)
+    ScaleTuning(streamed, job.spec, kind.codec, work, clock, **share).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):

@@ -210,8 +210,8 @@ class QuantSpec:
 
 EFFORTS = {
     "fast": {},
-    "balanced": {"fisher_tokens": 1 << 15, "tune_epochs": 3},
-    "best": {"fisher_tokens": 1 << 17, "tune_epochs": 8},
+    "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
+    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 8},
 }
 
 
@@ -219,7 +219,7 @@ def effort_recipe(effort: str, checkpoint_format: str) -> dict:
     """An effort's settings; what trains uniform groups is not for GGUF files."""
     recipe = EFFORTS[effort]
     if checkpoint_format == "gguf":
-        return {name: value for name, value in recipe.items() if name == "fisher_tokens"}
+        return {name: value for name, value in recipe.items() if name != "tune_epochs"}
     return dict(recipe)
 
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from calibration.errors import TrainingStopped
+from calibration.products import bf16_products
 from calibration.tokens import hold_back
 from ptq.clock import Clock
 from ptq.evaluation.stream import batches_of
@@ -35,10 +36,15 @@ class ScaleTuning:
         clock: Gets the seconds.
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes stay
             in memory between steps.
+        bf16: Form products in bf16 (calibration/products.py).
     """
 
-    def __init__(self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock, *, budget: int | None = None):
-        self.model, self.spec, self.codec, self.work, self.clock, self.budget = model, spec, codec, work, clock, budget
+    def __init__(
+        self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock,
+        *, budget: int | None = None, bf16: bool = False,
+    ):  # fmt: skip
+        self.model, self.spec, self.codec, self.work, self.clock = model, spec, codec, work, clock
+        self.budget, self.bf16 = budget, bf16
 
     @torch.no_grad()
     def run(self, tokens):
@@ -52,7 +58,7 @@ class ScaleTuning:
         """
         if not self.spec.tune_epochs or self.work.has_tuned:
             return
-        with self.clock.phase("tune"):
+        with self.clock.phase("tune"), bf16_products(self.bf16):
             student = StreamedStudent(self.model, self.codec, self.work, self.budget)
             text = student.open(batches_of(tokens))
             with self.model.outside(head=True):
