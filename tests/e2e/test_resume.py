@@ -12,6 +12,7 @@ from commands import command, environment, hashes, read_report, run, token_file
 from tiny_models import make_tiny
 
 from ptq import QuantSpec, quantize, quantize_model
+from ptq.spec import EFFORTS
 from ptq.workdir import WorkFolder
 
 BLOCKS = 4
@@ -57,7 +58,7 @@ def refused(capsys, *flags):
     return error
 
 
-def interrupt(method, *, after=0):
+def interrupt(method, *, after=0, flags=()):
     """Runs with a Ctrl-C at the end of the call of a work folder's method that follows `after` calls."""
     original, calls = getattr(WorkFolder, method), []
 
@@ -69,7 +70,7 @@ def interrupt(method, *, after=0):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(WorkFolder, method, interrupted)
-        tiny()
+        tiny(*flags)
     assert left.value.code == 130
 
 
@@ -178,6 +179,17 @@ def test_damaged_record_of_the_run(here, capsys):
     assert "run.json: damaged; delete out.ptq-work and start again" in refused(capsys, "--resume")
 
 
+def test_effort_interrupted_after_each_step(here, monkeypatch):
+    """What the model wrote, what gradients said, blocks, tuning: each is kept, and the files are the same."""
+    monkeypatch.setitem(EFFORTS, "balanced", {"own_tokens": 64, "fisher_tokens": 128, "tune_epochs": 1})
+    balanced = [*TINY, "--effort", "balanced"]
+    quantize.main([*balanced, "--out", "whole"])
+    for n, method in enumerate(("save_part", "save_fisher", "save_block", "save_tuned")):
+        interrupt(method, flags=["--effort", "balanced", *(["--resume"] if n else [])])
+    tiny("--effort", "balanced", "--resume")
+    assert hashes(OUT) == hashes(Path("whole")) != hashes(Path("expected")) and not WORK.exists()
+
+
 # Processes of their own on the demo model
 
 
@@ -253,3 +265,17 @@ def test_kill_at_ten_random_moments(demo, tmp_path):
         assert done.returncode == 0, done.stderr
         assert hashes(tmp_path / f"out{i}") == expected and not (tmp_path / f"out{i}.ptq-work").exists()
     print(ends)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_effort_killed_in_each_step(here):
+    """As it is used: while the model writes, after its text, after gradients of a block, after a block, while tuning."""
+    flags = [*TINY, "--effort", "balanced"]
+    assert run("quantize", *flags, "--out", "whole").returncode == 0
+    moments = ("run.json", "own-text.safetensors", "fisher-00001.safetensors", "block-00001.safetensors")
+    for n, moment in enumerate((*moments, f"block-{BLOCKS - 1:05d}.safetensors")):
+        arguments = [*flags, "--out", "out", *(["--resume"] if n else [])]
+        assert signalled(arguments, signal.SIGKILL, at=(WORK / moment).exists)[0] == -signal.SIGKILL
+    assert run("quantize", *flags, "--out", "out", "--resume").returncode == 0
+    assert hashes(OUT) == hashes(Path("whole")) and not WORK.exists()
