@@ -51,8 +51,8 @@ class QuantSpec:
             trained; 0 leaves them as solved.
         code_lr: Learning rate of the positions behind the codes, in codes.
         scale_lr: Learning rate of scales in a block, relative to the scale.
-        own_tokens: GPTQ: tokens of text that the full-precision model writes itself and that calibrates beside the given
-            one; 0 for none.
+        own_tokens: GPTQ: tokens of text that the full-precision model writes itself, to calibrate on beside the given
+            ones; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
             other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
         tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import ptq.pipeline
+import ptq.outcome
 
 PEERS = Path(__file__).parents[1] / ".venv-peers"
 
@@ -19,7 +19,7 @@ def pages(request):
     """Runs in this process draw no report page, which takes longer than a tiny model, unless the module sets PAGES."""
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "PAGES", False):
-            patch.setattr(ptq.pipeline, "write_page", lambda *_: None)
+            patch.setattr(ptq.outcome, "write_page", lambda *_: None)
         yield
 
 

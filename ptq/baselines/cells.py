@@ -25,7 +25,8 @@ from ptq.evaluation.harness import Score, load_tasks, preset_average
 from ptq.evaluation.perplexity import measure_perplexity
 from ptq.evaluation.tasks import choose_tasks
 from ptq.measure import default_cache, open_streamed, protocol_windows, task_scores, whole_documents
-from ptq.pipeline import REPORT, quantize_model
+from ptq.outcome import REPORT
+from ptq.pipeline import quantize_model
 from ptq.workdir import write_atomically
 
 RESULT, ERROR, ARTEFACT = "result.json", "error.txt", "artefact"

@@ -19,7 +19,7 @@ from ptq.benchmark.operations import Work, disk_bytes, memory_bytes, operations
 from ptq.benchmark.rates import Rates, forget
 from ptq.checkpoint import Checkpoint
 from ptq.grids.affine import FINE_STEPS, AffineGrid
-from ptq.pipeline import REPORT
+from ptq.outcome import REPORT
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 

@@ -9,7 +9,7 @@ from calibration.errors import InputError
 from ptq.console import run_command
 from ptq.continuation import continuation, prompt_tokens
 from ptq.load import load_model
-from ptq.pipeline import REPORT
+from ptq.outcome import REPORT
 from ptq.report.files import PAGE, write_page
 from ptq.report.page import Generations
 

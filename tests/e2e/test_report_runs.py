@@ -8,7 +8,7 @@ from commands import hashes, read_report, token_file
 from pages import faults, text_of
 from tiny_models import make_tiny
 
-from ptq import pipeline, quantize
+from ptq import outcome, quantize
 from ptq.evaluation.answers import artefact_hash
 from ptq.report import __main__ as report
 from ptq.report import files
@@ -60,7 +60,7 @@ def test_the_page_is_drawn_anew_with_what_both_models_say(here, capsys):
 
 
 def test_a_large_model_is_not_held_whole(here, monkeypatch):
-    monkeypatch.setattr(pipeline, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(outcome, "WHOLE_BYTES", 1000)
     out = quantized()
     assert read_report(out)["generations"] is None and "The likeliest token" not in (out / "report.html").read_text()
 

@@ -270,7 +270,7 @@ def test_kill_at_ten_random_moments(demo, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_effort_killed_in_each_step(here):
-    """As it is used: while the model writes, after its text, after gradients of a block, after a block, while tuning."""
+    """As it is used: killed while the model writes, after that, among gradients, among blocks, in tuning."""
     flags = [*TINY, "--effort", "balanced"]
     assert run("quantize", *flags, "--out", "whole").returncode == 0
     moments = ("run.json", "own-text.safetensors", "fisher-00001.safetensors", "block-00001.safetensors")

@@ -22,25 +22,32 @@ LAYERS = {
     ),
     "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", "ptq.console", "ptq.spec", "calibration"),
     "ptq.report.__main__": (
-        "ptq.continuation", "ptq.load", "ptq.pipeline", "ptq.report", "ptq.console", "calibration",
+        "ptq.continuation", "ptq.load", "ptq.outcome", "ptq.report", "ptq.console", "calibration",
     ),
     "ptq.export.__main__": ("ptq.convert", "ptq.console"),
     "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
     "ptq": ("ptq.pipeline", "ptq.spec"),
     "ptq.baselines": (
-        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.pipeline", "ptq.evaluation", "ptq.formats",
+        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.outcome", "ptq.pipeline", "ptq.evaluation", "ptq.formats",
         "ptq.grids.blocks", "ptq.spec", "ptq.workdir", "calibration",
     ),
     "ptq.benchmark": (
-        "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.pipeline", "ptq.spec", "ptq.streamed",
+        "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.outcome", "ptq.spec", "ptq.streamed",
         "calibration",
     ),
     "ptq.measure": ("ptq.load", "ptq.defaults", "ptq.evaluation", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.pipeline": (
-        "ptq.budget", "ptq.checkpoint", "ptq.clock", "ptq.continuation", "ptq.defaults", "ptq.demo", "ptq.evaluation",
-        "ptq.formats", "ptq.load", "ptq.memory", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.tuning",
-        "ptq.walk", "ptq.workdir", "calibration",
+        "ptq.job", "ptq.memory", "ptq.outcome", "ptq.spec", "ptq.tuning", "ptq.workdir", "calibration",
     ),
+    "ptq.outcome": (
+        "ptq.continuation", "ptq.evaluation", "ptq.job", "ptq.load", "ptq.memory", "ptq.report", "ptq.workdir",
+    ),
+    "ptq.job": (
+        "ptq.budget", "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.formats", "ptq.memory",
+        "ptq.own_text", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir",
+        "calibration",
+    ),
+    "ptq.own_text": ("ptq.clock", "ptq.memory", "ptq.streamed", "ptq.workdir", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.budget": ("ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.walk", "calibration"),

@@ -5,8 +5,8 @@ import torch
 from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+import ptq.job
 import ptq.own_text
-import ptq.pipeline
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
@@ -30,10 +30,10 @@ def one_by_one(model, opening, chances):
         row = list(start)
         while len(row) < len(of_row):
             p, total = model(torch.tensor([row]), use_cache=False).logits[0, -1].softmax(-1).tolist(), 0.0
-            for token, share in enumerate(p):
-                total += share
-                if total > of_row[len(row)]:
-                    break
+            token = -1
+            while total <= of_row[len(row)]:
+                token += 1
+                total += p[token]
             row.append(token)
         rows.append(row)
     return torch.tensor(rows)
@@ -96,12 +96,12 @@ def test_a_model_that_does_not_fit_writes_nothing_and_says_so(tiny, tmp_path):
 
 def test_a_run_calibrates_on_both(tiny, tmp_path, monkeypatch):
     rows = []
-    walk = ptq.pipeline.Walk.run
-    monkeypatch.setattr(ptq.pipeline.Walk, "run", lambda self, tokens: (rows.append(len(tokens)), walk(self, tokens)))
+    walk = ptq.job.Walk.run
+    monkeypatch.setattr(ptq.job.Walk, "run", lambda self, tokens: (rows.append(len(tokens)), walk(self, tokens)))
     given = {"calibration": "stdlib", "samples": 4, "seqlen": 20, "heldout": "none"}
     made = quantize_model(tiny("llama"), SPEC, out=tmp_path / "both", **given)
     assert rows == [9] and made.report["identity"]["own_rows"] == 5 and made.report["seconds"]["own text"] > 0
-    monkeypatch.setattr(ptq.pipeline, "whole_model_room", lambda device: 1000)
+    monkeypatch.setattr(ptq.job, "whole_model_room", lambda device: 1000)
     made = quantize_model(tiny("llama"), SPEC, out=tmp_path / "alone", **given)
     assert rows == [9, 4] and made.report["identity"]["own_rows"] == 0
     assert any("without text of the model's own" in note for note in made.report["notes"])
