@@ -10,6 +10,8 @@ through blocks that come and go would read all weights once for each.
 Legend: T tokens of a row, V vocabulary.
 """
 
+import sys
+
 import torch
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
@@ -57,6 +59,9 @@ class OwnText:
     @torch.no_grad()
     def added_to(self, tokens, work: WorkFolder):
         """Calibration rows (n_samples, T) and after them as many of the model's own as the spec asks for."""
+        obstacle = self.obstacle(tokens)
+        if obstacle:
+            print(f"note: {obstacle}", file=sys.stderr)
         if not self.rows(tokens):
             return tokens
         if not work.has_part(PART):

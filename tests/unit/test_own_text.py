@@ -85,10 +85,11 @@ def test_rows_written_side_by_side_do_not_change_each_other(tiny, tmp_path, monk
     assert torch.equal(own(tiny("llama")).added_to(TOKENS, WorkFolder(tmp_path / "b", {}, resume=False)), whole)
 
 
-def test_a_model_that_does_not_fit_writes_nothing_and_says_so(tiny, tmp_path):
+def test_a_model_that_does_not_fit_writes_nothing_and_says_so(tiny, tmp_path, capsys):
     text, work = own(tiny("llama"), room=1000), WorkFolder(tmp_path / "out", {}, resume=False)
     assert text.added_to(TOKENS, work) is TOKENS and text.rows(TOKENS) == 0
     assert "whole in memory it takes 0.0 GB of 0.0 GB" in text.obstacle(TOKENS)
+    assert capsys.readouterr().err == f"note: {text.obstacle(TOKENS)}\n"
     assert own(tiny("llama")).obstacle(TOKENS) is None and own(tiny("llama")).rows(TOKENS) == 5
     none = own(tiny("llama"), room=1000, spec=QuantSpec())
     assert none.obstacle(TOKENS) is None and none.rows(TOKENS) == 0, "none is asked for"
