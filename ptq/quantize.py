@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   python -m ptq.quantize --model meta-llama/Llama-3.2-3B --bits 4 --out llama-w4
       4 bits, loads in vLLM and transformers
   python -m ptq.quantize --model ./my-model --effort best
-      2 bits, as good as time buys: codes and scales trained after the solver
+      2 bits, as good as time buys
   python -m ptq.quantize --model ./my-model --bits 3 --group 64 --asym --calibration my-text.txt
       your own model and text; asymmetric grids help most at 2 and 3 bits
 
@@ -77,9 +77,9 @@ def parser() -> argparse.ArgumentParser:
                      "rtn: round to nearest, no text\n"
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
-                     help="gptq: fast solves (default); balanced weighs outputs against each\n"
-                     "other by gradients, then tunes scales; best does so for longer;\n"
-                     "gguf: both weigh outputs, no more")  # fmt: skip
+                     help="gptq: fast solves (default); balanced also lets the model write text to\n"
+                     "calibrate on, weighs outputs against each other by gradients, and\n"
+                     "tunes scales; best does more of each; gguf: no tuning")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
