@@ -74,14 +74,12 @@ class OwnText:
         openings = tokens[torch.arange(count) % len(tokens), :OPENING]
         chances = torch.rand(count, T, generator=torch.Generator().manual_seed(self.spec.seed), dtype=torch.double)
         rows = []
-        keys = torch.bfloat16 if self.bf16 and self.model.config._attn_implementation == "sdpa" else None
         with (
             self.model.whole_for_a_while() as model,
-            bf16_products(self.bf16),
-            tqdm(total=count * (T - OPENING), desc="own text", unit="token", disable=None, leave=False) as bar,
+            tqdm(total=count * max(0, T - OPENING), desc="own text", unit="token", disable=None, leave=False) as bar,
         ):
             for opening, of_rows in zip(openings.split(AT_ONCE), chances.split(AT_ONCE), strict=True):
-                rows.append(continued(model, opening.to(self.model.device), of_rows, keys=keys, bar=bar).cpu())
+                rows.append(continued(model, opening.to(self.model.device), of_rows, bf16=self.bf16, bar=bar).cpu())
         release_freed()
         return torch.cat(rows)
 
@@ -98,7 +96,7 @@ class OwnText:
         return 2 * self.model.dtype.itemsize * len(self.model.blocks) * self.model.config.hidden_size
 
 
-def continued(model, opening, chances, *, keys=None, bar=None):
+def continued(model, opening, chances, *, bf16=False, bar=None):
     """Rows (n, T) that begin with `opening` (n, k) and go on with tokens drawn from the model's predictions.
 
     Args:
@@ -106,14 +104,15 @@ def continued(model, opening, chances, *, keys=None, bar=None):
         opening: First tokens.
         chances: (n, T) between 0 and 1: at each position the token is the first whose cumulative probability is
             larger. So rows do not depend on those beside them.
-        keys: dtype in which keys and values are kept; None for the model's.
+        bf16: Form products in bf16, and keep in bf16 what attention multiplies.
         bar: A progress bar of tokens.
     """
-    T = chances.shape[1]
-    text = opening[:, :T]
-    given, cache = text, Cache(layers=[_RoomyLayer(T, keys) for _ in range(model.config.num_hidden_layers)])
+    T, kept = chances.shape[1], torch.bfloat16 if bf16 and model.config._attn_implementation == "sdpa" else None
+    given = text = opening[:, :T]
+    cache = Cache(layers=[_RoomyLayer(T, kept) for _ in range(model.config.num_hidden_layers)])
     while text.shape[1] < T:
-        logits = model(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1]
+        with bf16_products(bf16):
+            logits = model(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1]
         below = logits.double().softmax(-1).cumsum(-1)
         chance = chances[:, text.shape[1], None].to(below.device).contiguous()
         given = torch.searchsorted(below, chance, right=True).clamp_(max=below.shape[1] - 1)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.job
 import ptq.own_text
+from calibration.products import has_bf16_units
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
@@ -59,6 +60,19 @@ def test_tokens_are_drawn_from_the_predictions(tiny):
     degrees = int(frequent.sum())
     assert degrees > 20 and chi2 < degrees + 5 * (2 * degrees) ** 0.5  # five deviations of a chi-squared number
     assert (seen[~frequent].sum() - expected[~frequent].sum()).abs() < 5 * expected[~frequent].sum() ** 0.5
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="no bf16 units")
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@torch.no_grad()
+def test_keys_in_bf16_rarely_change_a_token(model_type, tiny):
+    """Rounding moves cumulative probabilities by 1e-2; a token changes where the number drawn lies between the two."""
+    model = AutoModelForCausalLM.from_pretrained(tiny(model_type), dtype=torch.float32).eval()
+    opening, drawn = (TOKENS[:, :OPENING].repeat(16, 1) + torch.arange(64)[:, None]) % 290, chances(64, OPENING + 2)
+    rounded = continued(model, opening, drawn, bf16=True)
+    exact = continued(model, opening, drawn)
+    alike = rounded[:, OPENING] == exact[:, OPENING]
+    assert alike.float().mean() > 0.8 and (rounded[alike] == exact[alike]).all(1).float().mean() > 0.8
 
 
 def own(folder, *, room=1 << 30, spec=SPEC):
