@@ -77,9 +77,8 @@ def _rounded(phases, total) -> dict[str, float]:
 
 def _generations(job, packed) -> dict | None:
     """What both models say after the first words of the held-out text, where the whole model is small."""
-    source = job.streamed.checkpoint
-    weights = sum(math.prod(source.shape(name)) for name in source.names())
-    if job.windows is None or job.tokenizer is None or weights * job.streamed.dtype.itemsize > WHOLE_BYTES:
+    source, size = job.streamed.checkpoint, job.streamed.weight_count * job.streamed.dtype.itemsize
+    if job.windows is None or job.tokenizer is None or size > WHOLE_BYTES:
         return None
     room = job.windows.shape[1]
     prompt = job.windows[:1, : min(PROMPT_TOKENS, room // 2)]

@@ -59,10 +59,9 @@ class OwnText:
     @torch.no_grad()
     def added_to(self, tokens, work: WorkFolder):
         """Calibration rows (n_samples, T) and after them as many of the model's own as the spec asks for."""
-        obstacle = self.obstacle(tokens)
-        if obstacle:
+        if obstacle := self.obstacle(tokens):
             print(f"note: {obstacle}", file=sys.stderr)
-        if not self.rows(tokens):
+        if obstacle or not self.spec.own_tokens:
             return tokens
         if not work.has_part(PART):
             with self.clock.phase("own text"):

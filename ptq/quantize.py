@@ -31,13 +31,19 @@ An interrupted run leaves OUT.ptq-work; the same command with --resume goes on a
 
 def parser() -> argparse.ArgumentParser:
     """The command line's flags."""
-    defaults = QuantSpec()
     p = argparse.ArgumentParser(
         "python -m ptq.quantize", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
     p.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: quantized/<model>-w2g128-gptq)")
-    grid = p.add_argument_group("grid: what values a weight may have")
+    _add_grid(p.add_argument_group("grid: what values a weight may have"), QuantSpec())
+    _add_method(p.add_argument_group("method: how a weight's value is chosen"), QuantSpec())
+    _add_text(p.add_argument_group("calibration text"))
+    _add_run(p.add_argument_group("run"))
+    return p
+
+
+def _add_grid(grid, defaults):
     grid.add_argument("--bits", type=width, metavar="N", default=defaults.bits,
                       help="bits of a weight, 1, 1.58 (-s, 0, s), 2, 3, 4 or 8 (default: 2)")  # fmt: skip
     grid.add_argument(
@@ -71,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--head-type", type=str.upper, metavar="TYPE", help="gguf: type of a separate head (default: Q6_K)"
     )
-    how = p.add_argument_group("method: how a weight's value is chosen")
+
+
+def _add_method(how, defaults):
     how.add_argument("--method", choices=METHODS, default=defaults.method,
                      help="gptq: by the Hessian of calibration text (default)\n"
                      "rtn: round to nearest, no text\n"
@@ -93,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--let", action=argparse.BooleanOptionalAction, default=defaults.let,
                      help="omniquant: also train scales of channels, folded\n"
                      "into neighbouring weights (default: off)")  # fmt: skip
-    text = p.add_argument_group("calibration text")
+
+
+def _add_text(text):
     text.add_argument("--calibration", metavar="NAME|FILE",
                       help="corpus (" + ", ".join(CORPORA) + ")\nor .txt, .jsonl, .parquet, or .npy token rows"
                       " (default: stdlib for the demo, else c4)")  # fmt: skip
@@ -101,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--seqlen", type=int, help="tokens in a row (default: 2048, or the model's context if shorter)")
     text.add_argument("--seed", type=int, default=0, help="draws the rows (default: 0)")
     text.add_argument("--heldout", metavar="NAME|FILE|none", help="text for the perplexity before and after")
-    run = p.add_argument_group("run")
+
+
+def _add_run(run):
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     run.add_argument(
         "--dtype", default="auto",
@@ -115,7 +127,6 @@ def parser() -> argparse.ArgumentParser:
                      "on a CPU, at --effort fast")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
-    return p
 
 
 def main(argv=None):

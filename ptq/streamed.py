@@ -97,18 +97,17 @@ class StreamedModel:
         inside, absent = self.family.blocks + ".", self._embedding if head and not self._tied else None
         names = [n for n in self._shapes if not n.startswith(inside) and n != (absent if head else self._head)]
         with self._weights(names):
-            if self._tied and head:
-                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            if head:
+                self._tie()
             yield
-        if self._tied and head:
-            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        if head:
+            self._tie()
 
     def whole(self) -> nn.Module:
         """The model with all its weights; they stay."""
         for name, tensor in self._read(self._shapes):
             _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
-        if self._tied:
-            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        self._tie()
         return self.model
 
     @contextmanager
@@ -119,8 +118,7 @@ class StreamedModel:
         finally:
             for name in self._shapes:
                 self._drop(name)
-            if self._tied:
-                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            self._tie()
 
     @property
     def weight_count(self) -> int:
@@ -185,6 +183,10 @@ class StreamedModel:
         finally:
             for name in names:
                 self._drop(name)
+
+    def _tie(self):
+        if self._tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _drop(self, name):
         empty = torch.empty(self._shapes[name], dtype=self.dtype, device="meta")

@@ -1,12 +1,17 @@
 """Rows that a model writes itself: token by token what its predictions say, and what becomes of them in a run."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import ptq.job
 import ptq.own_text
+from calibration.errors import InputError
 from calibration.products import has_bf16_units
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
@@ -107,6 +112,17 @@ def test_a_model_that_does_not_fit_writes_nothing_and_says_so(tiny, tmp_path, ca
     assert own(tiny("llama")).obstacle(TOKENS) is None and own(tiny("llama")).rows(TOKENS) == 5
     none = own(tiny("llama"), room=1000, spec=QuantSpec())
     assert none.obstacle(TOKENS) is None and none.rows(TOKENS) == 0, "none is asked for"
+
+
+def test_a_damaged_model_is_refused_after_it_has_written(tiny, tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = replace(SPEC, fisher_tokens=100)
+    with pytest.raises(InputError, match="not finite"):
+        quantize_model(folder, spec, out=tmp_path / "out", calibration="stdlib", samples=4, seqlen=20, heldout="none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "nothing is left behind"
 
 
 def test_a_run_calibrates_on_both(tiny, tmp_path, monkeypatch):

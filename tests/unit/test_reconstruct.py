@@ -217,11 +217,14 @@ def test_a_run_that_diverges_keeps_the_block_and_goes_on(tiny, tmp_path, monkeyp
 def test_effort_on_the_command_line(monkeypatch, capsys):
     specs = []
     monkeypatch.setattr(quantize, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt())
-    for flags in ([], ["--effort", "fast"], ["--effort", "balanced"], ["--effort", "best", "--bits", "3", "--asym"]):
+    plain = [], ["--effort", "fast"], ["--effort", "balanced"], ["--effort", "best", "--bits", "3", "--asym"]
+    for flags in (*plain, ["--effort", "best", "--format", "gguf"]):
         with pytest.raises(SystemExit):
             quantize.main(flags)
-    assert [spec.refined for spec in specs] == [False, False, True, True] and specs[0] == specs[1] == QuantSpec()
-    balanced, best = specs[2:]
+    assert [spec.refined for spec in specs] == [False, False, True, True, True] and specs[0] == specs[1] == QuantSpec()
+    balanced, best, gguf = specs[2:]
+    assert best.own_tokens > balanced.own_tokens > 0
+    assert (gguf.own_tokens, gguf.fisher_tokens, gguf.tune_epochs) == (best.own_tokens, best.fisher_tokens, 0)
     assert best.fisher_tokens > balanced.fisher_tokens > 0 and best.tune_epochs > balanced.tune_epochs > 0
     with pytest.raises(SystemExit) as left:
         quantize.main(["--effort", "best", "--method", "rtn"])
@@ -236,6 +239,7 @@ def test_effort_on_the_command_line(monkeypatch, capsys):
         ({"method": "omniquant"}, "method gptq, not omniquant"),
         ({"reconstruct_epochs": -1}, "reconstruct_epochs -1"),
         ({"tune_epochs": -1}, "tune_epochs -1"),
+        ({"own_tokens": -1}, "own_tokens -1"),
         ({"fisher_tokens": -1}, "fisher_tokens -1"),
         ({"code_lr": 0.0}, "code_lr 0.0"),
         ({"scale_lr": 0.0}, "scale_lr 0.0"),
