@@ -16,7 +16,7 @@ from ptq.memory import return_large_blocks
 from ptq.outcome import REPORT, outcome, write_outcome
 from ptq.spec import QuantSpec
 from ptq.tuning.fisher import FisherPass
-from ptq.tuning.scales import ScaleTuning
+from ptq.tuning.end_to_end import EndToEndTuning
 from ptq.workdir import Scratch, WorkFolder, work_folder
 
 
@@ -120,7 +120,7 @@ def _run(job: Job, work: WorkFolder) -> dict:
     share = {"budget": job.plan.activations, "bf16": job.bf16}
     FisherPass(streamed, job.spec, work, clock, **share).run(tokens)
     job.walk(work, embed, tokens)
-    ScaleTuning(streamed, job.spec, kind.codec, work, clock, **share).run(tokens)
+    EndToEndTuning(streamed, job.spec, kind.codec, work, clock, **share).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):

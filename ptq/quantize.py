@@ -87,7 +87,7 @@ def _add_method(how, defaults):
     how.add_argument("--effort", choices=EFFORTS, default="fast",
                      help="gptq: fast solves (default); balanced also lets the model write text to\n"
                      "calibrate on, weighs outputs against each other by gradients, and\n"
-                     "tunes scales; best does more of each; gguf: no tuning")  # fmt: skip
+                     "tunes codes and scales; best does more of each; gguf: no tuning")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"

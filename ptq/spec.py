@@ -55,8 +55,10 @@ class QuantSpec:
             ones; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
             other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
-        tune_epochs: GPTQ: passes in which all scales are tuned against the full-precision model's predictions.
+        tune_epochs: GPTQ: passes in which all codes and scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
+        tune_drift: How far, in codes, gradients of pure noise would carry the position behind a code then; those that
+            agree carry it further, and a code turns half a code away. 0 leaves codes as they are.
     """
 
     bits: float = 2
@@ -91,6 +93,7 @@ class QuantSpec:
     fisher_tokens: int = 0
     tune_epochs: int = 0
     tune_lr: float = 5e-3
+    tune_drift: float = 0.02
 
     def __post_init__(self):
         rules = (
@@ -165,6 +168,7 @@ class QuantSpec:
             (self.code_lr > 0, f"code_lr {self.code_lr} is not positive"),
             (self.scale_lr > 0, f"scale_lr {self.scale_lr} is not positive"),
             (self.tune_lr > 0, f"tune_lr {self.tune_lr} is not positive"),
+            (self.tune_drift >= 0, f"tune_drift {self.tune_drift} is negative"),
             (not self.refined or self.method == "gptq", f"effort is for method gptq, not {self.method}"),
             (not self.refined or not self.desc_act, "desc_act shuffles groups, which effort above fast does not know"),
         )
@@ -211,7 +215,7 @@ class QuantSpec:
 EFFORTS = {
     "fast": {},
     "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
-    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 8},
+    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 4},
 }
 
 

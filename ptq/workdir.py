@@ -1,7 +1,7 @@
 """The work folder of a run: what is finished survives a kill, and only the same run may go on with it.
 
 `<out>.ptq-work/` lies beside the output. It holds run.json (what the run is), one safetensors file a finished block,
-one with what tuning changed in them, others with what was settled before the first, spilled activations, and the
+one with what tuning made of it, others with what was settled before the first, spilled activations, and the
 artefact while it is written. Every file is written
 aside, synced and renamed, so a name that exists is whole. The lock is the operating system's: it goes with the process
 that holds it.
@@ -87,7 +87,7 @@ class WorkFolder:
         changed = differences(before, identity)
         if changed:
             raise InputError(f"{self.folder}: cannot resume, the run is another one: {'; '.join(changed)}")
-        for path in self._blocks():
+        for path in (*self._blocks(), *self.folder.glob("tuned-*.safetensors")):
             if not _is_whole(path):
                 path.unlink()
                 self._tuned.unlink(missing_ok=True)  # tuning begins when all blocks are there
@@ -135,14 +135,24 @@ class WorkFolder:
         """Whether tuning is finished."""
         return self._tuned.exists()
 
-    def save_tuned(self, tensors: dict[str, torch.Tensor], report: dict):
-        """Keeps what tuning changed: tensors that from now on stand in for the blocks', and a report.
+    def save_tuned(self, report: dict):
+        """Ends tuning: from now on the tuned blocks that are there stand in for the walk's."""
+        self._save(self._tuned, {}, report)
+
+    def save_tuned_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
+        """Keeps what tuning has made of a block so far.
 
         Args:
-            tensors: By full name, of the same shapes and dtypes as in their blocks.
-            report: Its "linears" are added to those of the blocks' reports.
+            i: The block.
+            tensors: By full name, of the same shapes and dtypes as in the block.
+            report: Added, linear by linear, to that of the block.
         """
-        self._save(self._tuned, tensors, report)
+        self._save(self._tuned_block(i), tensors, report)
+
+    def drop_tuned(self):
+        """Removes what a tuning that did not end has left."""
+        for path in self.folder.glob("tuned*.safetensors"):
+            path.unlink()
 
     def has_part(self, name: str) -> bool:
         """Whether something that is settled before the first block is."""
@@ -178,8 +188,8 @@ class WorkFolder:
         return [self.part_tensor(_fisher(i), name) for name in names], self.part_tensor(_fisher(i), f"{stage}.weight")
 
     def tuned_report(self) -> dict | None:
-        """The report of tuning without its linears; None before it is finished."""
-        return {k: v for k, v in _report(self._tuned).items() if k != "linears"} if self.has_tuned else None
+        """The report of tuning; None before it is finished."""
+        return _report(self._tuned) if self.has_tuned else None
 
     def load_block(self, i: int) -> dict[str, torch.Tensor]:
         """The packed tensors of a finished block, in the order in which they were saved."""
@@ -187,7 +197,7 @@ class WorkFolder:
 
     def read(self, i: int, name: str) -> torch.Tensor:
         """One packed tensor of a finished block."""
-        for path in (self._tuned, self._block(i)) if self.has_tuned else (self._block(i),):
+        for path in (self._tuned_block(i), self._block(i)) if self._is_tuned(i) else (self._block(i),):
             with _open_block(path) as file:
                 if name in file.keys():  # noqa: SIM118 - it is no dict
                     return file.get_tensor(name).clone()
@@ -201,7 +211,7 @@ class WorkFolder:
 
     def report(self, i: int) -> dict:
         """A finished block's part of the report."""
-        tuned = _report(self._tuned)["linears"] if self.has_tuned else {}
+        tuned = _report(self._tuned_block(i)) if self._is_tuned(i) else {}
         return {name: entry | tuned.get(name, {}) for name, entry in _report(self._block(i)).items()}
 
     def _save(self, path, tensors, report):
@@ -215,6 +225,12 @@ class WorkFolder:
     @property
     def _tuned(self):
         return self._part("tuned")
+
+    def _tuned_block(self, i):
+        return self._part(f"tuned-{i:05d}")
+
+    def _is_tuned(self, i):
+        return self.has_tuned and self._tuned_block(i).exists()
 
     def _part(self, name):
         return self.folder / f"{name}.safetensors"

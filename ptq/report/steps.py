@@ -45,8 +45,9 @@ def _tuning(tuning):
     epochs += [(f"epoch {i}", reached) for i, reached in enumerate(tuning["kl_epochs"], 1)]
     rows = [("", [name, f"{reached:.5f}"]) for name, reached in epochs]
     text = (
-        f"With all codes frozen, scales were tuned end to end: divergence from the full-precision model on rows held"
-        f" back {tuning['kl_before']:.4g} → {tuning['kl_after']:.4g} nats. The best epoch was kept."
+        f"Codes and scales were tuned end to end: divergence from the full-precision model on rows held back"
+        f" {tuning['kl_before']:.4g} → {tuning['kl_after']:.4g} nats, {tuning['codes_turned']:.2%} of the codes turned."
+        f" The best epoch was kept."
     )
     yield from (element("h2", "Tuning"), element("p", text, class_="quiet"), table(["", "divergence"], rows))
 

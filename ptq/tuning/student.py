@@ -1,12 +1,13 @@
-"""The quantized model with scales that take gradients, streamed: forward block by block, then the blocks in reverse.
+"""The quantized model with codes and scales that are trained, streamed: forward block by block, then in reverse.
 
-What enters each block is kept (spilled past a budget); in reverse each block is computed once more with gradients. So
-one block is in memory at a time, beside the output head and the factors of all scales.
+What enters each block is kept (spilled past a budget); in reverse each block is computed once more with gradients, and
+takes its step before the next. So one block's weights are in memory at a time, beside the output head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from ptq.evaluation.stream import LOGIT_ENTRIES, final_states
 from ptq.qtensor import QuantizedTensor
 from ptq.quantizers.reconstruct.parameters import TrainedScales
 from ptq.streamed import StreamedModel
+from ptq.tuning.trained import TrainedBlocks
 from ptq.workdir import WorkFolder
 
 
@@ -38,21 +40,22 @@ class StreamedStudent:
         model: The full-precision model, streamed.
         codec: Unpacks QuantizedTensors.
         work: Holds every block.
-        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes stay
-            in memory between steps.
+        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes, and
+            as many of what is trained, stay in memory between steps.
+        codes: Train codes beside scales.
 
     Attributes:
-        factors: Of each block by the linear's name, (O, G, 1): what is trained.
+        trained: What is trained, of all blocks.
     """
 
-    def __init__(self, model: StreamedModel, codec, work: WorkFolder, budget: int | None):
+    def __init__(self, model: StreamedModel, codec, work: WorkFolder, budget: int | None, *, codes: bool):
         self.model, self.codec, self.work, self.budget = model, codec, work, budget
         self._held: dict[int, dict[str, QuantizedTensor]] = {}
         self._bytes = 0
-        self.factors: list[dict[str, torch.Tensor]] = []
+        self.trained = TrainedBlocks(self._spill("trained"), budget, codes=codes)
         for i in range(len(model.blocks)):
-            linears = self._quantized(i).items()
-            self.factors.append({name: TrainedScales(_on(qt, model.device)).factor for name, qt in linears})
+            with model.block(i):
+                self.trained.add(self._quantized(i), {name: model.weight(i, name) for name in model.family.linears})
 
     def open(self, batches: Sequence[torch.Tensor]) -> Text:
         """Batches of token rows, made ready for both models."""
@@ -67,29 +70,45 @@ class StreamedStudent:
                 embedded.append(hidden)
         return Text(embedded, arguments, teacher)
 
-    def backward(self, text: Text, batches: Sequence[int]) -> float:
-        """Sets the factors' gradients of the mean divergence over some batches, which is returned."""
+    def backward(self, text: Text, batches: Sequence[int], take: Callable[[int, list[torch.Tensor]], None]) -> float:
+        """The mean divergence over some batches, and its gradients.
+
+        Args:
+            text: From `open`.
+            batches: Those that count.
+            take: Called for every block, the last one first, with its number and the gradients of what is trained in
+                it; not where the divergence is not finite.
+        """
         entering = ActivationStore(self._spill("entering"), self._share)
         leaving = self._forward(text, batches, entering)
         losses, gradients = zip(
             *(self._head(hidden, text.teacher[b]) for b, hidden in zip(batches, leaving, strict=True)), strict=True
         )
-        gradients, predictions = list(gradients), _predictions(leaving)
-        for i in reversed(range(len(self.model.blocks))):
-            with self._block(i) as (block, linears):
-                leaves = list(self.factors[i].values())
-                sums = [torch.zeros_like(leaf) for leaf in leaves]
-                for k, b in enumerate(batches):
-                    with torch.enable_grad():
-                        hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
-                        out = run_block(block, hidden, text.arguments[b][i], self._values(linears))
-                    wanted = [*leaves, hidden] if i > 0 else leaves
-                    found = torch.autograd.grad(out, wanted, gradients[k])
-                    gradients[k] = found[-1]
-                    torch._foreach_add_(sums, list(found[: len(leaves)]))
-                for leaf, gradient in zip(leaves, sums, strict=True):
-                    leaf.grad = gradient / predictions
-        return sum(losses) / predictions
+        predictions, gradients = _predictions(leaving), list(gradients)
+        divergence = sum(losses) / predictions
+        if isfinite(divergence):
+            for i in reversed(range(len(self.model.blocks))):
+                take(i, self._block_gradients(i, text, batches, entering, gradients, predictions))
+        return divergence
+
+    def _block_gradients(self, i, text, batches, entering, gradients, predictions):
+        """Gradients of what is trained in block i; those of each batch's states go from its end to its start."""
+        with self._block(i) as (block, linears):
+            with torch.enable_grad():
+                values = {name: linear.values() for name, linear in linears.items()}
+            W = {name: value.detach().to(self.model.dtype).requires_grad_() for name, value in values.items()}
+            sums = [torch.zeros_like(value) for value in values.values()]
+            for k, b in enumerate(batches):
+                with torch.enable_grad():
+                    hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
+                    out = run_block(block, hidden, text.arguments[b][i], self._parameters(W))
+                wanted = [*W.values(), hidden] if i > 0 else list(W.values())
+                found = torch.autograd.grad(out, wanted, gradients[k])
+                gradients[k] = found[-1]
+                torch._foreach_add_(sums, list(found[: len(W)]))
+            torch._foreach_div_(sums, predictions)
+            leaves = [leaf for linear in linears.values() for leaf in linear.leaves()]
+            return torch.autograd.grad(list(values.values()), leaves, sums)
 
     def divergence(self, text: Text, batches: Sequence[int]) -> float:
         """Mean divergence over some batches."""
@@ -102,7 +121,8 @@ class StreamedStudent:
         states = [text.embedded[b].to(self.model.device) for b in batches]
         for i in range(len(self.model.blocks)):
             with self._block(i) as (block, linears):
-                values = self._values(linears)
+                W = {name: linear.values().to(self.model.dtype) for name, linear in linears.items()}
+                values = self._parameters(W)
                 for k, b in enumerate(batches):
                     if entering is not None:
                         entering.append(states[k])
@@ -129,10 +149,9 @@ class StreamedStudent:
                 gradient[:, some] = torch.autograd.grad(loss, leaf)[0]
         return total, gradient.view(shape)
 
-    def _values(self, linears):
-        """A block's linears as parameters of its forward."""
-        values = {name: linear.values().to(self.model.dtype) for name, linear in linears.items()}
-        return {f"{name}.weight": W.T if self.model.family.transposed else W for name, W in values.items()}
+    def _parameters(self, W):
+        """Weights (O, I) by linear as parameters of a block's forward."""
+        return {f"{name}.weight": value.T if self.model.family.transposed else value for name, value in W.items()}
 
     @contextmanager
     def _block(self, i):
@@ -140,10 +159,9 @@ class StreamedStudent:
         with self.model.block(i, linears=False) as block:
             yield block, self.linears(i)
 
-    def linears(self, i):
-        """The linears of block i with their present factors, by name."""
-        linears, factors = self._quantized(i), self.factors[i]
-        return {name: TrainedScales(_on(qt, self.model.device), factors[name]) for name, qt in linears.items()}
+    def linears(self, i: int) -> dict[str, TrainedScales]:
+        """The linears of block i as they are now, by name."""
+        return self.trained.linears(i, {name: _on(qt, self.model.device) for name, qt in self._quantized(i).items()})
 
     def _quantized(self, i):
         """The linears of block i by name, as the walk left them; kept while there is room."""

@@ -74,7 +74,12 @@ def test_before_the_first_step_nothing_has_changed(bits, group, sym):
         pytest.skip("two and three values are symmetric")
     W = random_weight()
     start = rtn(W, QuantSpec(bits=bits, group_size=group, sym=sym))
-    for linear in (TrainedScales(start), TrainedCodes(start, W), TrainedCodes(start, 3 * W)):
+    for linear in (
+        TrainedScales(start),
+        TrainedCodes(start),
+        TrainedCodes.near(start, W),
+        TrainedCodes.near(start, 3 * W),
+    ):
         end = linear.finish()
         assert torch.equal(linear.values(), start.dequantize()) and torch.equal(end.dequantize(), start.dequantize())
         assert torch.equal(end.codes, start.codes) and torch.equal(end.scale, start.scale)
@@ -83,7 +88,7 @@ def test_before_the_first_step_nothing_has_changed(bits, group, sym):
 def test_gradients_are_those_of_the_real_grid():
     """Away from rounding the function is a product: position and scale get its derivatives, by fp64 autograd."""
     W = random_weight()
-    linear = TrainedCodes(rtn(W, QuantSpec(bits=3, group_size=16, sym=False)), W)
+    linear = TrainedCodes.near(rtn(W, QuantSpec(bits=3, group_size=16, sym=False)), W)
     upstream = random_weight()
     grads = torch.autograd.grad(linear.values(), linear.leaves(), upstream)
     start, g = linear.start, linear.start.g_idx.long()
@@ -99,7 +104,7 @@ def test_gradients_are_those_of_the_real_grid():
 
 def test_positions_stay_in_the_range_of_codes():
     W = random_weight()
-    linear = TrainedCodes(rtn(W, QuantSpec(bits=2, group_size=16)), W)
+    linear = TrainedCodes.near(rtn(W, QuantSpec(bits=2, group_size=16)), W)
     with torch.no_grad():
         linear.position.add_(W.new_tensor([9.0, -9.0] * 3)[:, None, None])
     linear.limit()

@@ -70,7 +70,7 @@ def test_what_each_step_gained():
         name: entry | {"block_error_solved": 0.04321, "block_error": 0.01234}
         for name, entry in plain["linears"].items()
     }
-    tuned = {"kl_before": 0.5, "kl_after": 0.375, "kl_epochs": [0.4375, 0.375]}
+    tuned = {"kl_before": 0.5, "kl_after": 0.375, "kl_epochs": [0.4375, 0.375], "codes_turned": 0.0123}
     text = page(plain | {"linears": linears, "tuning": tuned})
     assert not faults(text)
     cells = re.findall("<tr><td>2</td>(.*?)</tr>", text)[0]  # block 2: means over its linears, then its own

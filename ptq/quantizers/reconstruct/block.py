@@ -53,7 +53,7 @@ def reconstruct(
         The linears by name, and why training ended early, in words, or None. After such an end they are those of
         `start`.
     """
-    linears = {name: TrainedCodes(start[name], weights[name]) for name in start}
+    linears = {name: TrainedCodes.near(start[name], weights[name]) for name in start}
     dtype = next(block.parameters()).dtype
     groups = [
         {"params": [linear.factor for linear in linears.values()], "lr": spec.scale_lr},

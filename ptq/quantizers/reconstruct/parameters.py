@@ -70,30 +70,46 @@ class TrainedCodes(TrainedScales):
 
     Args:
         start: The solved linear.
-        weight: (O, I) original weight: where in its cell each position starts.
+        factor: As for TrainedScales.
+        position: Where an earlier look at the same linear left off; None for the middle of each code's cell.
 
     Attributes:
         position: (O, G, g) fp32, between the outermost cells' outer edges; a leaf that takes gradients.
     """
 
-    def __init__(self, start: QuantizedTensor, weight: torch.Tensor):
-        super().__init__(start)
-        codes, g = start.codes.float(), start.g_idx.long()
+    def __init__(
+        self, start: QuantizedTensor, factor: torch.Tensor | None = None, position: torch.Tensor | None = None
+    ):
+        super().__init__(start, factor)
+        middle = super()._positions
+        self.position = middle().contiguous().requires_grad_() if position is None else position
+
+    @classmethod
+    def near(cls, start: QuantizedTensor, weight: torch.Tensor) -> "TrainedCodes":
+        """A solved linear with each position where in its cell the original weight (O, I) lies."""
+        linear, g = cls(start), start.g_idx.long()
         scale = start.scale[:, g]
-        offset = weight.float() / torch.where(scale == 0, 1, scale) + start.zero[:, g] - codes
-        self.position = self._grouped(codes + offset.clamp_(-EDGE, EDGE)).contiguous().requires_grad_()
+        offset = weight.float() / torch.where(scale == 0, 1, scale) + start.zero[:, g] - start.codes.float()
+        with torch.no_grad():
+            linear.position += linear._grouped(offset.clamp_(-EDGE, EDGE))
+        return linear
 
     def leaves(self) -> list[torch.Tensor]:
         """What an optimizer may change."""
         return [self.factor, self.position]
 
-    @torch.no_grad()
     def limit(self):
         """Brings positions that left the range of codes back to its edge; call it after each step."""
-        self.position.clamp_(-EDGE, level_count(self.start.bits) - 1 + EDGE)
+        limit_positions(self.position, self.start.bits)
 
     def _positions(self):
         return self.position
+
+
+@torch.no_grad()
+def limit_positions(position: torch.Tensor, bits: float):
+    """Brings positions that left the range of codes back to its edge, in place."""
+    position.clamp_(-EDGE, level_count(bits) - 1 + EDGE)
 
 
 class _Decoded(torch.autograd.Function):
