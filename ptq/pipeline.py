@@ -15,8 +15,8 @@ from ptq.job import Job, open_job
 from ptq.memory import return_large_blocks
 from ptq.outcome import REPORT, outcome, write_outcome
 from ptq.spec import QuantSpec
-from ptq.tuning.fisher import FisherPass
 from ptq.tuning.end_to_end import EndToEndTuning
+from ptq.tuning.fisher import FisherPass
 from ptq.workdir import Scratch, WorkFolder, work_folder
 
 
@@ -120,7 +120,7 @@ def _run(job: Job, work: WorkFolder) -> dict:
     share = {"budget": job.plan.activations, "bf16": job.bf16}
     FisherPass(streamed, job.spec, work, clock, **share).run(tokens)
     job.walk(work, embed, tokens)
-    EndToEndTuning(streamed, job.spec, kind.codec, work, clock, **share).run(tokens)
+    EndToEndTuning(streamed, job.spec, kind.codec, work, clock, **share, embed=embed).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):

@@ -13,7 +13,7 @@ from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.mixture.recipes import MIXES
 from ptq.pipeline import Artefact, quantize_model
-from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, effort_recipe, omniquant_recipe, width
+from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -87,7 +87,7 @@ def _add_method(how, defaults):
     how.add_argument("--effort", choices=EFFORTS, default="fast",
                      help="gptq: fast solves (default); balanced also lets the model write text to\n"
                      "calibrate on, weighs outputs against each other by gradients, and\n"
-                     "tunes codes and scales; best does more of each; gguf: no tuning")  # fmt: skip
+                     "tunes codes and scales; best does more of each")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
@@ -143,9 +143,7 @@ def main(argv=None):
 def _quantize(args, command, ranks):
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    recipe = effort_recipe(args.effort, args.format)
-    if args.method == "omniquant":
-        recipe |= omniquant_recipe(args.bits)
+    recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})
     spec = QuantSpec(
         bits=args.bits,
         group_size=args.group,

@@ -55,7 +55,7 @@ class QuantSpec:
             ones; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
             other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
-        tune_epochs: GPTQ: passes in which all codes and scales are tuned against the full-precision model's predictions.
+        tune_epochs: GPTQ: passes in which codes and scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
         tune_drift: How far, in codes, gradients of pure noise would carry the position behind a code then; those that
             agree carry it further, and a code turns half a code away. 0 leaves codes as they are.
@@ -93,7 +93,7 @@ class QuantSpec:
     fisher_tokens: int = 0
     tune_epochs: int = 0
     tune_lr: float = 5e-3
-    tune_drift: float = 0.02
+    tune_drift: float = 0.08
 
     def __post_init__(self):
         rules = (
@@ -215,16 +215,8 @@ class QuantSpec:
 EFFORTS = {
     "fast": {},
     "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
-    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 4},
+    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 8},
 }
-
-
-def effort_recipe(effort: str, checkpoint_format: str) -> dict:
-    """An effort's settings; what trains uniform groups is not for GGUF files."""
-    recipe = EFFORTS[effort]
-    if checkpoint_format == "gguf":
-        return {name: value for name, value in recipe.items() if name != "tune_epochs"}
-    return dict(recipe)
 
 
 def width(text: str) -> float:

@@ -93,8 +93,8 @@ class GgufFormat:
             )
         if spec.trains:
             raise InputError(f"method {spec.method!r} trains uniform groups: --format gguf takes gptq or rtn")
-        if spec.trained_on:
-            raise InputError("reconstruct_epochs and tune_epochs train uniform groups, which format gguf does not have")
+        if spec.reconstruct_epochs:
+            raise InputError("reconstruct_epochs trains uniform groups, which format gguf does not have")
         self.float_type = min(floats, default="F16")
         self.spec, self.codec = replace(spec, ggml_type=ggml_type), GgufCodec({})
 

@@ -1,12 +1,12 @@
 """End-to-end tuning: the codes and scales of all blocks, towards the full-precision model's predictions.
 
-The loss is KL(full-precision || quantized) of the next token on calibration text. EfficientQAT (arXiv 2407.11062) trains
-scales so, with codes frozen, on the text itself; here codes move as well, by straight-through gradients as in BitDistiller
-(arXiv 2402.10631), from where the solver left them: one in a hundred or fewer turns, and that is worth more than all
-scales. What is kept is the epoch with the smallest divergence on rows that took no part.
+The loss is KL(full-precision || quantized) of the next token on calibration text. EfficientQAT (arXiv 2407.11062)
+trains scales so, with codes frozen, on the text itself; here codes move as well, by straight-through gradients as in
+BitDistiller (arXiv 2402.10631), from where the solver left them: one in a hundred or fewer turns, and that is worth
+more than all scales. What is kept is the epoch with the smallest divergence on rows that took no part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import cos, hypot, isfinite, pi
 
@@ -39,14 +39,16 @@ class EndToEndTuning:
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes, and
             as many of what is trained, stay in memory between steps.
         bf16: Form products in bf16 (calibration/products.py).
+        embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
+            the model's own.
     """
 
     def __init__(
         self, model: StreamedModel, spec, codec, work: WorkFolder, clock: Clock,
-        *, budget: int | None = None, bf16: bool = False,
+        *, budget: int | None = None, bf16: bool = False, embed: Callable[[torch.Tensor], None] | None = None,
     ):  # fmt: skip
         self.model, self.spec, self.codec, self.work, self.clock = model, spec, codec, work, clock
-        self.budget, self.bf16 = budget, bf16
+        self.budget, self.bf16, self.embed = budget, bf16, embed
 
     @torch.no_grad()
     def run(self, tokens):
@@ -63,7 +65,9 @@ class EndToEndTuning:
         self.work.drop_tuned()
         with self.clock.phase("tune"), bf16_products(self.bf16):
             student = StreamedStudent(self.model, self.codec, self.work, self.budget, codes=self.spec.tune_drift > 0)
-            text = student.open(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+            if student.trained.empty:
+                return
+            text = student.open(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])), self.embed)
             with self.model.outside(head=True):
                 report = self._train(student, text)
             self.work.save_tuned(report)
@@ -94,15 +98,15 @@ class EndToEndTuning:
                 best, report["codes_turned"] = reached, self._save_blocks(student)
         return report | {"kl_after": best}
 
-    def _rates(self, steps) -> Iterator[tuple[float, float]]:
+    def _rates(self, steps) -> Iterator[dict[str, float]]:
         """The learning rates of scales and of positions in each step.
 
-        Adam's steps are as long as its learning rate, so positions under pure noise end sqrt(sum of squared rates) away:
-        that is what tune_drift says, whatever the number of steps.
+        Adam's steps are as long as its learning rate, so positions under pure noise end sqrt(sum of squared rates)
+        away: that is what tune_drift says, whatever the number of steps.
         """
         shares = [min(1, (step + 1) / WARM_UP) * _cosine(step, steps) for step in range(steps)]
         of_codes = self.spec.tune_drift / hypot(*shares)
-        return iter([(self.spec.tune_lr * share, of_codes * share) for share in shares])
+        return iter([{"factor": self.spec.tune_lr * share, "position": of_codes * share} for share in shares])
 
     def _epoch(self, student, text, batches, held, rates):
         """Divergence on the rows held back after a step for each of some lists of batches; in words if not finite."""

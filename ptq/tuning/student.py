@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from calibration.capture import run_block
 from calibration.store import ActivationStore
 from ptq.evaluation.stream import LOGIT_ENTRIES, final_states
-from ptq.qtensor import QuantizedTensor
-from ptq.quantizers.reconstruct.parameters import TrainedScales
+from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.streamed import StreamedModel
-from ptq.tuning.trained import TrainedBlocks
+from ptq.tuning.trained import Linear, TrainedBlocks
 from ptq.workdir import WorkFolder
 
 
@@ -50,20 +49,28 @@ class StreamedStudent:
 
     def __init__(self, model: StreamedModel, codec, work: WorkFolder, budget: int | None, *, codes: bool):
         self.model, self.codec, self.work, self.budget = model, codec, work, budget
-        self._held: dict[int, dict[str, QuantizedTensor]] = {}
+        self._held: dict[int, dict[str, QuantizedTensor | BlockTensor]] = {}
         self._bytes = 0
         self.trained = TrainedBlocks(self._spill("trained"), budget, codes=codes)
         for i in range(len(model.blocks)):
             with model.block(i):
                 self.trained.add(self._quantized(i), {name: model.weight(i, name) for name in model.family.linears})
 
-    def open(self, batches: Sequence[torch.Tensor]) -> Text:
-        """Batches of token rows, made ready for both models."""
+    def open(self, batches: Sequence[torch.Tensor], embed: Callable[[torch.Tensor], None] | None = None) -> Text:
+        """Batches of token rows, made ready for both models.
+
+        Args:
+            batches: Token rows (rows, T).
+            embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
+                the model's own.
+        """
         teacher = final_states(
             self.model, batches, spill=self._spill("teacher"), budget=self._share, label="full precision"
         )
         embedded, arguments, by_rows = ActivationStore(self._spill("embedded"), self._share), [], {}
         with self.model.outside(head=False):
+            if embed is not None:
+                embed(self.model.embedding_weight)
             for batch in batches:
                 hidden, of_batch = self.model.embed(batch)
                 arguments.append(by_rows.setdefault(len(batch), of_batch))
@@ -96,19 +103,24 @@ class StreamedStudent:
         with self._block(i) as (block, linears):
             with torch.enable_grad():
                 values = {name: linear.values() for name, linear in linears.items()}
-            W = {name: value.detach().to(self.model.dtype).requires_grad_() for name, value in values.items()}
-            sums = [torch.zeros_like(value) for value in values.values()]
+            W = {name: value.detach().to(self.model.dtype) for name, value in values.items()}
+            trained = [name for name, value in values.items() if value.requires_grad]
+            inputs = [W[name].requires_grad_() for name in trained]
+            sums = [torch.zeros_like(values[name]) for name in trained]
             for k, b in enumerate(batches):
                 with torch.enable_grad():
                     hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
                     out = run_block(block, hidden, text.arguments[b][i], self._parameters(W))
-                wanted = [*W.values(), hidden] if i > 0 else list(W.values())
+                wanted = [*inputs, hidden] if i > 0 else inputs
+                if not wanted:
+                    return []
                 found = torch.autograd.grad(out, wanted, gradients[k])
                 gradients[k] = found[-1]
-                torch._foreach_add_(sums, list(found[: len(W)]))
-            torch._foreach_div_(sums, predictions)
-            leaves = [leaf for linear in linears.values() for leaf in linear.leaves()]
-            return torch.autograd.grad(list(values.values()), leaves, sums)
+                for of_linear, gradient in zip(sums, found[: len(sums)], strict=True):
+                    of_linear += gradient
+            leaves = [leaf for linear in linears.values() for leaf in linear.leaves().values()]
+            ends = [of_linear / predictions for of_linear in sums]
+            return torch.autograd.grad([values[name] for name in trained], leaves, ends) if leaves else []
 
     def divergence(self, text: Text, batches: Sequence[int]) -> float:
         """Mean divergence over some batches."""
@@ -159,7 +171,7 @@ class StreamedStudent:
         with self.model.block(i, linears=False) as block:
             yield block, self.linears(i)
 
-    def linears(self, i: int) -> dict[str, TrainedScales]:
+    def linears(self, i: int) -> dict[str, Linear]:
         """The linears of block i as they are now, by name."""
         return self.trained.linears(i, {name: _on(qt, self.model.device) for name, qt in self._quantized(i).items()})
 
@@ -192,5 +204,7 @@ def _predictions(states):
 
 
 def _on(qt, device):
+    if isinstance(qt, BlockTensor):
+        return replace(qt, codes=qt.codes.to(device), params=tuple(p.to(device) for p in qt.params))
     parts = {name: getattr(qt, name).to(device) for name in ("codes", "scale", "zero", "g_idx")}
     return replace(qt, **parts)

@@ -1,7 +1,8 @@
 """What is trained in every block, with its optimizer's state: in memory up to a budget, in mapped files past it.
 
-Of a linear that is a factor for each scale and, where codes move, a position behind each code
-(ptq/quantizers/reconstruct/parameters.py). It stays on the CPU; a block's part is copied to the device with the block.
+Of a linear that is a factor for each scale and, where codes move, a position behind each code; of llama.cpp's types
+the positions alone (ptq/quantizers/reconstruct). It stays on the CPU; a block's part is copied to the device with the
+block.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import torch
 
-from ptq.qtensor import QuantizedTensor
+from ptq.qtensor import BlockTensor, QuantizedTensor
+from ptq.quantizers.reconstruct.block_types import TrainedBlockCodes, Untrained
 from ptq.quantizers.reconstruct.parameters import TrainedCodes, TrainedScales, limit_positions
 
+EDGE = 0.25  # how far from the middle of its cell a position starts at most, the cell's edge being at 0.5
 BETAS = (0.9, 0.95)
 EPSILON = 1e-12  # gradients of one weight of billions are small
+
+Linear = TrainedScales | TrainedBlockCodes | Untrained
 
 
 class TrainedBlocks:
@@ -26,68 +31,79 @@ class TrainedBlocks:
     """
 
     def __init__(self, folder: Path, budget: int | None, *, codes: bool):
-        self._kind = TrainedCodes if codes else TrainedScales
-        self._room = MappedRoom(folder, budget)
-        self._leaves: list[list[torch.Tensor]] = []  # of each linear in turn
-        self._bits: list[list[float]] = []
-        self._optimizers: list[torch.optim.Adam] = []
+        self.codes, self._room = codes, MappedRoom(folder, budget)
+        self._leaves: list[dict[str, dict[str, torch.Tensor]]] = []  # of each linear by name
+        self._tops: list[dict[str, int]] = []  # their largest codes
+        self._optimizers: list[torch.optim.Adam | None] = []
 
-    def add(self, starts: Mapping[str, QuantizedTensor], weights: Mapping[str, torch.Tensor]):
+    def add(self, starts: Mapping[str, QuantizedTensor | BlockTensor], weights: Mapping[str, torch.Tensor]):
         """One more block, where the walk left it.
 
         Args:
             starts: Its linears by name.
             weights: (O, I) original weight of each, which says where in its cell each position starts.
         """
-        leaves = []
+        leaves, tops = {}, {}
         for name, start in starts.items():
-            linear = (
-                TrainedCodes.near(start, weights[name].cpu()) if self._kind is TrainedCodes else TrainedScales(start)
-            )
-            leaves += [self._room.zeros(leaf.shape).copy_(leaf) for leaf in linear.leaves()]
+            linear = self._kind(start).near(start, weights[name].cpu(), EDGE)
+            leaves[name] = {n: self._room.zeros(leaf.shape).copy_(leaf) for n, leaf in linear.leaves().items()}
+            tops[name] = linear.top
         self._leaves.append(leaves)
-        self._bits.append([start.bits for start in starts.values()])
-        self._optimizers.append(self._optimizer(leaves))
+        self._tops.append(tops)
+        self._optimizers.append(self._optimizer(leaves.values()))
 
-    def linears(self, i: int, starts: Mapping[str, QuantizedTensor]) -> dict[str, TrainedScales]:
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is trained: of codebooks nothing can be, of llama.cpp's types no scales."""
+        return not any(self._optimizers)
+
+    def linears(self, i: int, starts: Mapping[str, QuantizedTensor | BlockTensor]) -> dict[str, Linear]:
         """The linears of block i as they are now, on the device of `starts`, by name."""
-        found, each = {}, self._each
-        for n, (name, start) in enumerate(starts.items()):
-            leaves = self._leaves[i][n * each : (n + 1) * each]
-            copies = (leaf.detach().to(start.codes.device).requires_grad_() for leaf in leaves)
-            found[name] = self._kind(start, *copies)
+        found = {}
+        for name, start in starts.items():
+            leaves = self._leaves[i][name].items()
+            copies = {n: leaf.detach().to(start.codes.device).requires_grad_() for n, leaf in leaves}
+            found[name] = self._kind(start)(start, **copies)
         return found
 
-    def step(self, i: int, gradients: Sequence[torch.Tensor], rates: tuple[float, float]):
+    def step(self, i: int, gradients: Sequence[torch.Tensor], rates: Mapping[str, float]):
         """One step of Adam in block i.
 
         Args:
             i: The block.
             gradients: Of the leaves of its linears in turn.
-            rates: Learning rates of factors, relative to the scale, and of positions, in codes.
+            rates: Learning rate of each "factor", relative to its scale, and of each "position", in codes.
         """
-        optimizer, leaves = self._optimizers[i], self._leaves[i]
+        optimizer, linears = self._optimizers[i], self._leaves[i]
+        if optimizer is None:
+            return
+        leaves = [leaf for of_linear in linears.values() for leaf in of_linear.values()]
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient.cpu()
-        for group, rate in zip(optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         optimizer.step()
         optimizer.zero_grad()
-        if self._each == 2:
-            for position, bits in zip(leaves[1::2], self._bits[i], strict=True):
-                limit_positions(position, bits)
+        for name, of_linear in linears.items():
+            if "position" in of_linear:
+                limit_positions(of_linear["position"], self._tops[i][name])
 
-    @property
-    def _each(self):
-        """Leaves of a linear."""
-        return 2 if self._kind is TrainedCodes else 1
+    def _kind(self, start):
+        if isinstance(start, QuantizedTensor):
+            return TrainedCodes if self.codes else TrainedScales
+        return TrainedBlockCodes if self.codes and start.grid.vector == 1 else Untrained
 
-    def _optimizer(self, leaves):
-        groups = [{"params": leaves[k :: self._each]} for k in range(self._each)]
+    def _optimizer(self, linears):
+        names = ("factor", "position")
+        groups = [{"name": n, "params": [leaves[n] for leaves in linears if n in leaves]} for n in names]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            return None
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
-        for leaf in leaves:
-            averages = {name: self._room.zeros(leaf.shape) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[leaf] = {"step": torch.zeros(())} | averages
+        for group in groups:
+            for leaf in group["params"]:
+                averages = {name: self._room.zeros(leaf.shape) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[leaf] = {"step": torch.zeros(())} | averages
         return optimizer
 
 

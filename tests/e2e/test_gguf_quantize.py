@@ -13,14 +13,19 @@ from tiny_models import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptq.formats.gguf
+import ptq.tuning.end_to_end
 from ptq import QuantSpec, quantize, quantize_model
+from ptq.evaluation.divergence import measure_divergence
+from ptq.export.gguf.codecs import unpack
 from ptq.export.gguf.writer import write_gguf
 from ptq.families.gguf import BY_MODEL_TYPE
 from ptq.gguf.file import GgufFile
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.grids.blocks.codebook import CODEBOOKS
+from ptq.measure import open_streamed
 from ptq.mixture.assignment import NARROWER
 from ptq.reload import open_weights
+from ptq.tuning.student import StreamedStudent
 from ptq.workdir import WorkFolder
 
 ROWS, SEQLEN = 6, 48
@@ -153,11 +158,49 @@ def test_outputs_weighed_against_each_other(folder, ggml_type):
     """The file is the same kind of file, holds what was solved, and loses less where losses are weighed."""
     source = make_tiny("llama", folder / "source", hidden_size=256, intermediate_size=512)
     fast, balanced = (
-        made(folder, source, f"out-{tokens}", ggml_type=ggml_type, fisher_tokens=tokens) for tokens in (0, 10**6)
+        made(folder, source, f"out-{tokens}", ggml_type=ggml_type, fisher_tokens=tokens) for tokens in (0, 2000)
     )
     assert types_of(fast[0]) == types_of(balanced[0]) and fast[0].read_bytes() != balanced[0].read_bytes()
     assert all(entry["error_coupled"] < entry["error_coupled_gptq"] for entry in balanced[1]["linears"].values())
     assert all(0 < entry["error"] < 1 for entry in balanced[1]["linears"].values())
+
+
+@pytest.mark.parametrize("ggml_type", ["Q4_0", "Q2_K", "IQ4_NL"])
+def test_tuned_end_to_end(folder, monkeypatch, ggml_type):
+    """The file holds the codes that tuning left, other numbers are the solver's."""
+    real = StreamedStudent.divergence
+    before = []
+
+    def always_better(self, text, batches):
+        before.append(real(self, text, batches))
+        return before[0] / len(before)
+
+    monkeypatch.setattr(StreamedStudent, "divergence", always_better)
+    monkeypatch.setattr(ptq.tuning.end_to_end, "BATCH_TOKENS", SEQLEN)
+    source = make_tiny("llama", folder / "source", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    options = {"ggml_type": ggml_type, "head_type": "F16", "tune_drift": 0.2}
+    solved, tuned = (made(folder, source, f"out-{n}", tune_epochs=n, **options) for n in (0, 4))
+    files, turned, total = [GgufFile(path) for path, _ in (solved, tuned)], 0, 0
+    for name, tensor in files[0].tensors.items():
+        old, new = (file.rows(name) for file in files)
+        if tensor.ggml_type.name == ggml_type:
+            old, new = unpack(old, ggml_type), unpack(new, ggml_type)
+            turned, total = turned + int((old.codes != new.codes).sum()), total + old.codes.numel()
+            assert all(map(torch.equal, old.params, new.params))
+        else:
+            assert np.array_equal(old, new)
+    report = tuned[1]["tuning"]
+    assert turned / total == report["codes_turned"] > 0 and len(report["kl_epochs"]) == 4
+    full, tokens = open_streamed(source), torch.from_numpy(np.load("c.npy")[:1]).long()
+    found = measure_divergence(open_streamed(solved[0]), full, tokens, skip=0).kl
+    assert found == pytest.approx(before[0], rel=0.05)  # where the processor has bf16 products, tuning uses them
+
+
+def test_codebooks_are_not_tuned(folder):
+    source = make_tiny("llama", folder / "source", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    solved, tuned = (made(folder, source, f"out-{n}", ggml_type="IQ2_XXS", tune_epochs=n) for n in (0, 1))
+    assert tuned[1]["tuning"] is None
+    assert solved[1]["linears"] == tuned[1]["linears"]
 
 
 def test_plain_rounding_needs_no_text(folder):

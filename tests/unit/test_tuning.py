@@ -113,16 +113,16 @@ def test_a_step_is_adam(budget, tmp_path):
     start = rtn(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), replace(SPEC, group_size=16))
     trained = TrainedBlocks(tmp_path / "trained", budget, codes=True)
     trained.add({"q": start}, {"q": start.dequantize()})
-    leaves = [leaf.detach().double() for leaf in trained.linears(0, {"q": start})["q"].leaves()]
-    m, v, rates = [0.0, 0.0], [0.0, 0.0], (0.01, 0.02)
+    leaves = [leaf.detach().double() for leaf in trained.linears(0, {"q": start})["q"].leaves().values()]
+    m, v, rates = [0.0, 0.0], [0.0, 0.0], {"factor": 0.01, "position": 0.02}
     for t in range(1, 4):
         gradients = [torch.randn(leaf.shape, generator=torch.Generator().manual_seed(t)) for leaf in leaves]
         trained.step(0, gradients, rates)
-        for k, rate in enumerate(rates):
+        for k, rate in enumerate(rates.values()):
             m[k] = 0.9 * m[k] + 0.1 * gradients[k].double()
             v[k] = 0.95 * v[k] + 0.05 * gradients[k].double() ** 2
             leaves[k] -= rate * (m[k] / (1 - 0.9**t)) / ((v[k] / (1 - 0.95**t)).sqrt() + EPSILON)
-    for ours, expected in zip(trained.linears(0, {"q": start})["q"].leaves(), leaves, strict=True):
+    for ours, expected in zip(trained.linears(0, {"q": start})["q"].leaves().values(), leaves, strict=True):
         assert torch.allclose(ours.double(), expected, atol=1e-5)
     assert len(list(tmp_path.glob("trained/*.bin"))) == (0 if budget is None else 6)
 
@@ -132,8 +132,8 @@ def test_a_step_leaves_positions_in_the_range_of_codes(tmp_path):
     start = rtn(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), SPEC)
     trained = TrainedBlocks(tmp_path, None, codes=True)
     trained.add({"q": start}, {"q": start.dequantize()})
-    factor, position = trained.linears(0, {"q": start})["q"].leaves()
-    trained.step(0, [torch.zeros_like(factor), torch.ones_like(position)], (0.01, 9.0))
+    factor, position = trained.linears(0, {"q": start})["q"].leaves().values()
+    trained.step(0, [torch.zeros_like(factor), torch.ones_like(position)], {"factor": 0.01, "position": 9.0})
     assert not trained.linears(0, {"q": start})["q"].finish().codes.any()
 
 

@@ -78,6 +78,6 @@ def reconstruct(
             decay.step()
             for linear in linears.values():
                 linear.limit()
-    if not all(bool(torch.isfinite(leaf).all()) for linear in linears.values() for leaf in linear.leaves()):
+    if not all(bool(torch.isfinite(leaf).all()) for linear in linears.values() for leaf in linear.leaves().values()):
         return dict(start), "a gradient of reconstruction is not finite"
     return {name: linear.finish() for name, linear in linears.items()}, None

@@ -36,13 +36,23 @@ class TrainedScales:
         self.scale, self.zero = start.scale[..., None], start.zero[..., None]
         self.factor = torch.zeros_like(self.scale, requires_grad=True) if factor is None else factor
 
-    def leaves(self) -> list[torch.Tensor]:
-        """What an optimizer may change."""
-        return [self.factor]
+    @classmethod
+    def near(cls, start: QuantizedTensor, weight: torch.Tensor, edge: float = EDGE) -> "TrainedScales":
+        """A solved linear, whatever the original weight."""
+        return cls(start)
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """What an optimizer may change, under the constructor's names."""
+        return {"factor": self.factor}
 
     def values(self) -> torch.Tensor:
         """(O, I) values, differentiable."""
         return self._joined(_Decoded.apply(self._positions(), self._scale(), self.zero))
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return level_count(self.start.bits) - 1
 
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
@@ -85,31 +95,31 @@ class TrainedCodes(TrainedScales):
         self.position = middle().contiguous().requires_grad_() if position is None else position
 
     @classmethod
-    def near(cls, start: QuantizedTensor, weight: torch.Tensor) -> "TrainedCodes":
-        """A solved linear with each position where in its cell the original weight (O, I) lies."""
+    def near(cls, start: QuantizedTensor, weight: torch.Tensor, edge: float = EDGE) -> "TrainedCodes":
+        """A solved linear with each position where in its cell the original weight (O, I) lies, up to an edge."""
         linear, g = cls(start), start.g_idx.long()
         scale = start.scale[:, g]
         offset = weight.float() / torch.where(scale == 0, 1, scale) + start.zero[:, g] - start.codes.float()
         with torch.no_grad():
-            linear.position += linear._grouped(offset.clamp_(-EDGE, EDGE))
+            linear.position += linear._grouped(offset.clamp_(-edge, edge))
         return linear
 
-    def leaves(self) -> list[torch.Tensor]:
-        """What an optimizer may change."""
-        return [self.factor, self.position]
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """What an optimizer may change, under the constructor's names."""
+        return {"factor": self.factor, "position": self.position}
 
     def limit(self):
         """Brings positions that left the range of codes back to its edge; call it after each step."""
-        limit_positions(self.position, self.start.bits)
+        limit_positions(self.position, self.top)
 
     def _positions(self):
         return self.position
 
 
 @torch.no_grad()
-def limit_positions(position: torch.Tensor, bits: float):
-    """Brings positions that left the range of codes back to its edge, in place."""
-    position.clamp_(-EDGE, level_count(bits) - 1 + EDGE)
+def limit_positions(position: torch.Tensor, top: int):
+    """Brings positions that left the range of codes, 0 to top, back to its edge, in place."""
+    position.clamp_(-EDGE, top + EDGE)
 
 
 class _Decoded(torch.autograd.Function):
