@@ -184,7 +184,7 @@ def test_effort_interrupted_after_each_step(here, monkeypatch):
     monkeypatch.setitem(EFFORTS, "balanced", {"own_tokens": 64, "fisher_tokens": 128, "tune_epochs": 1})
     balanced = [*TINY, "--effort", "balanced"]
     quantize.main([*balanced, "--out", "whole"])
-    for n, method in enumerate(("save_part", "save_fisher", "save_block", "save_tuned")):
+    for n, method in enumerate(("save_part", "save_fisher", "save_block", "save_tuned_block", "save_tuned")):
         interrupt(method, flags=["--effort", "balanced", *(["--resume"] if n else [])])
     tiny("--effort", "balanced", "--resume")
     assert hashes(OUT) == hashes(Path("whole")) != hashes(Path("expected")) and not WORK.exists()

@@ -169,6 +169,14 @@ def test_codes_turn_where_gradients_agree(tiny, tmp_path):
     assert turned == report["codes_turned"] > 0
 
 
+@pytest.mark.parametrize("steps", [1, 8, 1000])
+def test_noise_carries_a_position_as_far_as_the_spec_says(steps):
+    """Steps of random sign and the length of the rate end that far away in the mean square, however many there are."""
+    rates = list(EndToEndTuning(None, SPEC, None, None, None)._rates(steps))
+    assert sum(rate["position"] ** 2 for rate in rates) == pytest.approx(SPEC.tune_drift**2) and len(rates) == steps
+    assert max(rate["factor"] for rate in rates) <= SPEC.tune_lr
+
+
 def test_without_epochs_nothing_happens(tiny, tmp_path):
     tuned = Tuned(tiny("llama"), tmp_path / "out", replace(SPEC, tune_epochs=0)).run()
     assert not tuned.work.has_tuned and tuned.work.tuned_report() is None
