@@ -6,7 +6,7 @@ BitDistiller (arXiv 2402.10631), from where the solver left them: one in a hundr
 more than all scales. What is kept is the epoch with the smallest divergence on rows that took no part.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import cos, hypot, isfinite, pi
 
@@ -82,13 +82,14 @@ class EndToEndTuning:
         trained, held = hold_back(len(text.embedded))
         size = -(-len(trained) // STEPS)
         rates = self._rates(self.spec.tune_epochs * -(-len(trained) // size))
+        bar = tqdm(rates, desc="tuning", unit="step", disable=None)
         generator = torch.Generator().manual_seed(self.spec.seed)
         best = student.divergence(text, held)
         report = {"kl_before": best, "kl_epochs": [], "codes_turned": 0.0}
-        bar = tqdm(range(self.spec.tune_epochs), desc="tuning", unit="epoch", disable=None)
-        for epoch in bar:
+        steps = iter(bar)
+        for epoch in range(self.spec.tune_epochs):
             order = [trained[b] for b in torch.randperm(len(trained), generator=generator).tolist()]
-            reached = self._epoch(student, text, [order[k : k + size] for k in range(0, len(order), size)], held, rates)
+            reached = self._epoch(student, text, [order[k : k + size] for k in range(0, len(order), size)], held, steps)
             if isinstance(reached, str):
                 report["stopped"] = f"the divergence is {reached.format(epoch + 1)}"
                 break
@@ -96,9 +97,10 @@ class EndToEndTuning:
             bar.set_postfix_str(f"divergence {reached:.4g} (before {report['kl_before']:.4g})")
             if reached < best:
                 best, report["codes_turned"] = reached, self._save_blocks(student)
+        bar.close()
         return report | {"kl_after": best}
 
-    def _rates(self, steps) -> Iterator[dict[str, float]]:
+    def _rates(self, steps) -> list[dict[str, float]]:
         """The learning rates of scales and of positions in each step.
 
         Adam's steps are as long as its learning rate, so positions under pure noise end sqrt(sum of squared rates)
@@ -106,12 +108,12 @@ class EndToEndTuning:
         """
         shares = [min(1, (step + 1) / WARM_UP) * _cosine(step, steps) for step in range(steps)]
         of_codes = self.spec.tune_drift / hypot(*shares)
-        return iter([{"factor": self.spec.tune_lr * share, "position": of_codes * share} for share in shares])
+        return [{"factor": self.spec.tune_lr * share, "position": of_codes * share} for share in shares]
 
-    def _epoch(self, student, text, batches, held, rates):
-        """Divergence on the rows held back after a step for each of some lists of batches; in words if not finite."""
+    def _epoch(self, student, text, batches, held, steps):
+        """Divergence on the rows held back after one of `steps` for each list of batches; in words if not finite."""
         for step, some in enumerate(batches, 1):
-            loss = student.backward(text, some, partial(student.trained.step, rates=next(rates)))
+            loss = student.backward(text, some, partial(student.trained.step, rates=next(steps)))
             if not isfinite(loss):
                 return f"{loss} at epoch {{}}, step {step}"
         reached = student.divergence(text, held)

@@ -172,7 +172,7 @@ def test_codes_turn_where_gradients_agree(tiny, tmp_path):
 @pytest.mark.parametrize("steps", [1, 8, 1000])
 def test_noise_carries_a_position_as_far_as_the_spec_says(steps):
     """Steps of random sign and the length of the rate end that far away in the mean square, however many there are."""
-    rates = list(EndToEndTuning(None, SPEC, None, None, None)._rates(steps))
+    rates = EndToEndTuning(None, SPEC, None, None, None)._rates(steps)
     assert sum(rate["position"] ** 2 for rate in rates) == pytest.approx(SPEC.tune_drift**2) and len(rates) == steps
     assert max(rate["factor"] for rate in rates) <= SPEC.tune_lr
 
