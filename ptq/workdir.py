@@ -1,10 +1,9 @@
 """The work folder of a run: what is finished survives a kill, and only the same run may go on with it.
 
 `<out>.ptq-work/` lies beside the output. It holds run.json (what the run is), one safetensors file a finished block,
-one with what tuning made of it, others with what was settled before the first, spilled activations, and the
-artefact while it is written. Every file is written
-aside, synced and renamed, so a name that exists is whole. The lock is the operating system's: it goes with the process
-that holds it.
+one with what tuning made of it, others with what was settled before the first, spilled activations, and the artefact
+while it is written. Every file is written aside, synced and renamed, so a name that exists is whole. The lock is the
+operating system's: it goes with the process that holds it.
 """
 
 import fcntl

@@ -2,8 +2,8 @@
 
 The loss is KL(full-precision || quantized) of the next token on calibration text. EfficientQAT (arXiv 2407.11062)
 trains scales so, with codes frozen, on the text itself; here codes move as well, by straight-through gradients as in
-BitDistiller (arXiv 2402.10631), from where the solver left them: one in a hundred or fewer turns, and that is worth
-more than all scales. What is kept is the epoch with the smallest divergence on rows that took no part.
+BitDistiller (arXiv 2402.10631), from where the solver left them, and few turn. What is kept is the epoch with the
+smallest divergence on rows that took no part.
 """
 
 from collections.abc import Callable

@@ -107,13 +107,13 @@ class StreamedStudent:
             trained = [name for name, value in values.items() if value.requires_grad]
             inputs = [W[name].requires_grad_() for name in trained]
             sums = [torch.zeros_like(values[name]) for name in trained]
+            if not inputs and i == 0:
+                return []
             for k, b in enumerate(batches):
                 with torch.enable_grad():
                     hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
                     out = run_block(block, hidden, text.arguments[b][i], self._parameters(W))
                 wanted = [*inputs, hidden] if i > 0 else inputs
-                if not wanted:
-                    return []
                 found = torch.autograd.grad(out, wanted, gradients[k])
                 gradients[k] = found[-1]
                 for of_linear, gradient in zip(sums, found[: len(sums)], strict=True):

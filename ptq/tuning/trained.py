@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from calibration.store import mapped, write
 from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.reconstruct.block_types import TrainedBlockCodes, Untrained
 from ptq.quantizers.reconstruct.parameters import TrainedCodes, TrainedScales, limit_positions
@@ -125,8 +126,7 @@ class MappedRoom:
         if self.budget is None or self._bytes + size <= self.budget:
             self._bytes += size
             return torch.zeros(shape)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._files:06d}.bin"
         self._files += 1
-        path.unlink(missing_ok=True)
-        return torch.from_file(str(path), shared=True, size=shape.numel()).view(shape)
+        write(torch.zeros(shape), path)  # a file with holes would end the process on a full disk, here an error does
+        return mapped(path, shape, torch.float32, shared=True)

@@ -1,6 +1,7 @@
 """Tuning end to end: its gradient is that of the whole model, and what it keeps is never worse."""
 
 from dataclasses import replace
+from errno import ENOSPC
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import ptq.evaluation.stream
 import ptq.tuning.end_to_end
 import ptq.tuning.student
+import ptq.tuning.trained
 from calibration.errors import TrainingStopped
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
@@ -207,6 +209,19 @@ def test_a_killed_or_spilled_run_gives_the_same_bytes(tiny, tmp_path, monkeypatc
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_an_error_before_the_first_step(tiny, tmp_path, monkeypatch):
+    """What is trained has its room on the disk at once: mapped later, a full disk would kill the process."""
+
+    def full(x, path):
+        raise OSError(ENOSPC, "No space left on device", str(path))
+
+    whole = Tuned(tiny("llama"), tmp_path / "whole").run()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(ptq.tuning.trained, "write", full)
+        Tuned(tiny("llama"), tmp_path / "out", budget=1).run()
+    assert Tuned(tiny("llama"), tmp_path / "out", resume=True, budget=1).run().saved == whole.saved
 
 
 def test_what_is_damaged_is_done_again(tiny, tmp_path):
