@@ -21,6 +21,7 @@ from calibration.ranks import ALONE, Ranks
 from calibration.store import mapped
 
 TILE = 512  # rows of H summed at once: half the products are saved but for the squares on the diagonal
+ROWS = 16  # of those, added in fp64 at once
 
 
 def few_rows(out_features: int, in_features: int) -> bool:
@@ -53,6 +54,7 @@ class Hessian:
             folder.mkdir(parents=True)
         self.sums = [self._zeros(tile, in_features - tile.start, device, folder, "H") for tile in self.tiles]
         self.cross_sums = [self._zeros(tile, in_features, device, folder, "G") for tile in self.cross_tiles]
+        self._product = None
 
     @staticmethod
     def _zeros(tile, width, device, folder, name):
@@ -75,13 +77,22 @@ class Hessian:
             root = self._next_counts(len(x)).sqrt()[:, None].to(x)
             x, x_full = x * root, None if x_full is None else x_full.reshape(x.shape).float() * root
         for tile, total in zip(self.tiles, self.sums, strict=True):
-            total().add_(x[:, tile].T @ x[:, tile.start :])
+            self._add_product(total(), x[:, tile].T, x[:, tile.start :])
         if self.cross_sums:
             x_full = x_full.reshape(x.shape).float()
             rows = x_full if self.weights is None else self._outputs(x_full - x)
             for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
-                total().add_(rows[:, tile].T @ x)
+                self._add_product(total(), rows[:, tile].T, x)
         self.tokens += x.shape[0]
+
+    def _add_product(self, total, A, B):
+        """total += A B. The product's memory is used again and again; what a CPU makes fp64 at once fits its cache."""
+        if self._product is None:
+            self._product = torch.empty(TILE * self.size, device=A.device)
+        product = torch.mm(A, B, out=self._product[: total.numel()].view(total.shape))
+        rows = ROWS if total.device.type == "cpu" else TILE
+        for sums, addends in zip(total.split(rows), product.split(rows), strict=True):
+            sums.add_(addends)
 
     def _next_counts(self, tokens):
         """(tokens,) how often those to be added count."""
@@ -94,7 +105,7 @@ class Hessian:
 
     def finalise(self, ranks: Ranks = ALONE):
         """H (I, I) and, if `cross`, G (I, I) or W (G - H) (O, I); fp32, of all ranks' tokens. The sums are consumed."""
-        device = self.sums[0]().device
+        device, self._product = self.sums[0]().device, None
         tokens = int(ranks.all_reduce(torch.tensor(self.tokens, device=device)))
         mean = lambda sums: ranks.all_reduce(sums.pop(0)()).mul_(2.0 / max(tokens, 1))  # noqa: E731
         H, G = torch.empty(self.size, self.size, device=device), None

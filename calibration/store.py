@@ -1,5 +1,8 @@
 """Activations of all calibration batches between two blocks, in memory up to a budget and on disk past it."""
 
+import ctypes
+import mmap
+import weakref
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ class ActivationStore:
     def __init__(self, folder: Path | None = None, budget: int | None = None):
         self.folder, self.budget = folder, budget
         self._held: list[torch.Tensor | tuple] = []
+        self._mapped: dict[int, weakref.ref] = {}  # batches that somebody may still be reading from disk
         self._bytes = 0
 
     def __len__(self):
@@ -43,7 +47,18 @@ class ActivationStore:
         held = self._held[i]
         if isinstance(held, torch.Tensor):
             return held
-        return mapped(*held)
+        x = mapped(*held)
+        self._mapped[i] = weakref.ref(x)
+        return x
+
+    def let_go(self, i: int):
+        """Takes what was read of a spilled batch out of this process's memory; the next use reads it again.
+
+        Without this a batch that a halted forward still holds counts in full.
+        """
+        mapping = self._mapped.get(i, lambda: None)()
+        if mapping is not None:
+            _let_pages_go(mapping)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -77,6 +92,61 @@ def mapped(path: Path, shape, dtype, *, shared: bool = False) -> torch.Tensor:
     return torch.from_file(str(path), shared=shared, size=count, dtype=dtype).view(shape)
 
 
+class RowsOnDisk:
+    """A matrix in a file, of which rows are read when they are asked for.
+
+    Args:
+        matrix: (R, I) fp32; written, and freed.
+        path: The file.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, matrix: torch.Tensor, path: Path):
+        self.shape, self._path = tuple(matrix.shape), path
+        write(matrix, path)
+        matrix.set_()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """(R, I), in memory of their own."""
+        wanted = torch.arange(len(self))[rows]
+        found = torch.empty(len(wanted), self.shape[1])
+        with self._path.open("rb", buffering=0) as file:
+            for row, values in zip(wanted.tolist(), found.numpy(), strict=True):
+                file.seek(row * values.nbytes)
+                file.readinto(values)
+        return found
+
+
+class SquareOnDisk(RowsOnDisk):
+    """A square one (I, I), whose diagonal is kept and may change."""
+
+    def __init__(self, matrix: torch.Tensor, path: Path):
+        self._diagonal = matrix.diagonal().clone()
+        super().__init__(matrix, path)
+
+    def diagonal(self) -> torch.Tensor:
+        """(I,), the one that rows are read with: what is done to it shows in them."""
+        return self._diagonal
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        found, wanted = super().__getitem__(rows), torch.arange(len(self))[rows]
+        found[torch.arange(len(wanted)), wanted] = self._diagonal[wanted]
+        return found
+
+
+def _let_pages_go(x):
+    """Of a mapped tensor that nobody has written to."""
+    try:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(x.nbytes), mmap.MADV_DONTNEED)
+    except (AttributeError, OSError, TypeError):  # not Linux
+        pass
+
+
 class ActivationsOn:
     """A read-only view of a store from a device."""
 
@@ -88,3 +158,7 @@ class ActivationsOn:
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return self.store[i].to(self.device)
+
+    def let_go(self, i: int):
+        """As the store has it."""
+        self.store.let_go(i)

@@ -3,13 +3,15 @@
 Resident memory of a walk on a CPU: the program, and the largest of these (fp32; I inputs, O outputs of a stage):
 
     outside     embedding or head; some rows' logits
-    accumulate  the block's weights from the stage before on; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
+    accumulate  weights of the stage and of the one before; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
                 that is summed, W (G - H) (O x I)
-    solve       the block's weights from this stage on; H, the factor and, unless outputs are few, G - H and a copy;
-                targets and codes; some rows
+    finalise    weights of the stage; H and G or W (G - H) in fp32, beside their sums
+    solve       weights of the stage; H, the factor and, unless outputs are few, G - H and a copy; targets, or
+                W (G - H), and codes; some rows
 
 and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
-mapped, and G - H waits on disk while H is factored. Neither changes a bit of the result.
+mapped, H and W (G - H) are read from disk row by row, G - H waits there while H is factored, and fewer rows are solved
+at once. None of it changes a bit of the result.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS
 
 FP32, FP64 = 4, 8
-LATER = 200 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
+LATER = 215 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class MemoryPlan:
 
     Attributes:
         activations: Bytes of activations in memory.
-        sums_on_disk: Whether H's and G's sums, and G - H for a while, are in files.
+        sums_on_disk: Whether H and its sums, those of G, and G - H for a while, are in files.
     """
 
     activations: int
@@ -59,21 +61,23 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, drawn, *,
             "max_memory is for --method gptq and rtn at --effort fast on a CPU; --activation-memory bounds activations"
         )
     stages = [[tuple(model.weight(0, name).shape) for name in stage] for stage in model.family.stages]
-    correction = bool(drawn) and spec.correction > 0
     for on_disk in (False, True):
-        phases = [_outside(model, measures), *_phases(model, stages if drawn else [], correction, on_disk)]
+        phases = [_outside(model, measures), *_phases(model, stages if drawn else [], spec, on_disk)]
         needed = resident + LATER + max(phases)
         if needed <= limit:
             return MemoryPlan(limit - needed, on_disk)
     raise InputError(f"max_memory {limit / 1e9:.2f} GB is too little for this model: it takes {needed / 1e9:.2f} GB")
 
 
-def _phases(model, stages, correction, on_disk):
-    sizes = [model.dtype.itemsize * sum(O * I for O, I in stage) for stage in stages]
-    for s, stage in enumerate(stages):
+def _phases(model, stages, spec, on_disk):
+    before, correction = 0, spec.correction > 0
+    for stage in stages:
         O, I = sum(outputs for outputs, _ in stage), stage[0][1]
-        yield sum(sizes[max(0, s - 1) :]) + _forward(model, stages) + _sums(O, I, correction, on_disk)
-        yield sum(sizes[s:]) + _solve(O, I, correction, on_disk)
+        weights, cross = model.dtype.itemsize * O * I, correction * I * (O if few_rows(O, I) else I)
+        yield before + weights + _forward(model, stages) + _sums(I, cross, on_disk)
+        yield weights + _sums(I, cross, on_disk) + on_disk * FP32 * (I * I + cross)
+        yield weights + _solve(O, I, spec, on_disk)
+        before = weights
 
 
 def _outside(model, measures):
@@ -83,17 +87,20 @@ def _outside(model, measures):
 
 def _forward(model, stages):
     """One batch between two halts: the widest linears' inputs and outputs in both streams."""
-    return 6 * BATCH_TOKENS * model.dtype.itemsize * max(max(shape) for stage in stages for shape in stage)
+    return 5 * BATCH_TOKENS * model.dtype.itemsize * max(max(shape) for stage in stages for shape in stage)
 
 
-def _sums(O, I, correction, on_disk):
-    tile, cross = min(TILE, I) * I, correction * I * (O if few_rows(O, I) else I)
+def _sums(I, cross, on_disk):
+    tile = min(TILE, I) * I
     held = FP64 * tile if on_disk else FP64 * (I * I // 2 + tile // 2 + cross)
     return held + FP32 * tile  # and one product
 
 
-def _solve(O, I, correction, on_disk):
-    few = few_rows(O, I)
-    squares, rows = 2 if few else 3 + correction * (not on_disk), 2 + correction * few
+def _solve(O, I, spec, on_disk):
+    few, correction = few_rows(O, I), spec.correction > 0
+    squares = (1 if few else 2) + spec.desc_act if on_disk else (2 if few else 3 + correction)
+    targets = correction * (I > O) * (not (few and on_disk))
+    rows = targets + 0.5  # codes of a byte, in parts and as a whole
     threads = threads_of(torch.device("cpu"))
-    return FP32 * (squares * I * I + rows * O * I) + 12 * FP32 * threads * max(chunk_size(threads), ROWS * I)
+    chunk = max(chunk_size(threads, small=on_disk), ROWS * I)
+    return int(FP32 * (squares * I * I + rows * O * I)) + 12 * FP32 * threads * chunk

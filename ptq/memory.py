@@ -1,6 +1,7 @@
 """The most memory a run took, and giving back what it no longer needs."""
 
 import ctypes
+import os
 import resource
 from pathlib import Path
 
@@ -34,11 +35,13 @@ def _status(field) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def return_large_blocks() -> None:
-    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed.
+def manage_large_blocks() -> None:
+    """Has blocks of LARGE bytes or more go back to the system as soon as they are freed, and come in huge pages.
 
-    glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
+    glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it. Each new block is
+    cleared page by page as it is touched: in pages of 4 KB that takes longer than an elementwise operator's own work.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it before its first allocation
     try:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     except (AttributeError, OSError, TypeError):  # not glibc

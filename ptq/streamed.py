@@ -66,6 +66,10 @@ class StreamedModel:
         with self._weights([name for name in names if name not in left_out]):
             yield self.blocks[i]
 
+    def load_linears(self, i: int, names: Iterable[str]) -> None:
+        """Loads the weights of linears of block i, where `block` has left them out; until drop_linears."""
+        self._load([f"{self.block_name(i)}.{name}.weight" for name in names])
+
     def linear(self, i: int, name: str) -> nn.Module:
         """A linear of block i by its name inside the block."""
         return self.blocks[i].get_submodule(name)
@@ -105,8 +109,7 @@ class StreamedModel:
 
     def whole(self) -> nn.Module:
         """The model with all its weights; they stay."""
-        for name, tensor in self._read(self._shapes):
-            _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
+        self._load(self._shapes)
         self._tie()
         return self.model
 
@@ -176,13 +179,16 @@ class StreamedModel:
 
     @contextmanager
     def _weights(self, names):
-        for name, tensor in self._read(names):
-            _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
+        self._load(names)
         try:
             yield
         finally:
             for name in names:
                 self._drop(name)
+
+    def _load(self, names):
+        for name, tensor in self._read(names):
+            _set_tensor(self.model, name, nn.Parameter(tensor, requires_grad=False))
 
     def _tie(self):
         if self._tied:

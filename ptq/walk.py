@@ -114,7 +114,7 @@ class Walk:
                 continue
             with ExitStack() as loaded:
                 with self.clock.phase("load"):
-                    loaded.enter_context(self.model.block(i))
+                    loaded.enter_context(self.model.block(i, linears=i not in todo or not self._by_stages(streams)))
                 if i not in todo:
                     with self._products("forward"):
                         self._replay_block(i, streams)
@@ -168,7 +168,8 @@ class Walk:
         """Every stage of a block: packed tensors by full name, and report entries by the linear's name."""
         tensors, report = {}, {}
         stages = self.model.family.stages
-        self._check_range(i)
+        if not self._by_stages(streams):
+            self._check_range(i, self.model.family.linears)
         if streams is None:
             for stage in stages:
                 self._keep(i, stage, self.stages.round(i, stage), tensors, report)
@@ -181,11 +182,14 @@ class Walk:
             quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
             self._run_ahead(full, streams.full)
             for s, stage in enumerate(stages):
+                if not weights:
+                    self._load_stage(i, stage)
                 release_freed()
                 outputs, counts = self.work.fisher(i, s) if self.spec.fisher_tokens else (None, None)
-                H, G = self._accumulate(quantized, full, streams.full, i, stage, counts)
+                hessian = self._accumulate(quantized, full, streams.full, i, stage, counts)
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
+                H, G = self._finalise(i, stage, hessian)
                 release_freed()
                 solved = self.stages.solve(i, stage, H, G, 1000 * i + s, outputs)
                 self._keep(i, stage, solved, tensors, report)
@@ -194,9 +198,19 @@ class Walk:
                 del solved
             if not weights:
                 self._run_ahead([quantized], streams.quantized)
+                self.model.drop_linears(i, stages[-1])
         if weights:
             self._reconstruct(i, streams, weights, linears, tensors, report)
         return tensors, report
+
+    def _by_stages(self, streams):
+        """Whether a stage's weights need be in memory no longer than from its inputs' sums to the next stage's."""
+        return streams is not None and not self.spec.trains and not self.spec.reconstruct_epochs
+
+    def _load_stage(self, i, stage):
+        with self.clock.phase("load"):
+            self.model.load_linears(i, stage)
+        self._check_range(i, stage)
 
     @property
     def _reconstructed(self):
@@ -251,9 +265,9 @@ class Walk:
                 " or start again with a smaller learning rate"
             )
 
-    def _check_range(self, i):
+    def _check_range(self, i, linears):
         """Refuses weights that no fp16 scale reaches."""
-        for name in self.model.family.linears:
+        for name in linears:
             largest = float(self.model.weight(i, name).abs().max())
             if largest > HALF_MAX:
                 raise InputError(
@@ -283,7 +297,12 @@ class Walk:
             if forwards.done(b):
                 store[b] = out
             else:
-                forwards.settle(b)
+                self._settle(forwards, b)
+
+    def _settle(self, forwards, b):
+        """What a halted batch keeps may go to disk, and what it still holds of a file is read again."""
+        forwards.settle(b)
+        forwards.inputs.let_go(b)
 
     @contextmanager
     def _products(self, phase):
@@ -292,7 +311,7 @@ class Walk:
             yield
 
     def _accumulate(self, quantized, full, store, i, stage, counts):
-        """Runs the quantized stream up to a stage and sums what the stage will read: H, and G, W (G - H) or None.
+        """Runs the quantized stream up to a stage and sums what the stage will read.
 
         What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
         stage's inputs may be wider than its outputs.
@@ -303,9 +322,13 @@ class Walk:
                 x = quantized.advance(b)
             with self._products("hessian"):
                 hessian.add(x, *(forwards.reads(b) for forwards in full))
-            quantized.settle(b)
+            self._settle(quantized, b)
             for forwards in full:
                 self._advance(forwards, b, store)
+        return hessian
+
+    def _finalise(self, i, stage, hessian):
+        """H, and G, W (G - H) or None."""
         with self.clock.phase("hessian"):
             H, G = hessian.finalise(self.ranks)
         if not bool(torch.isfinite(H.diagonal()).all()):

@@ -20,9 +20,9 @@ def threads_of(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def chunk_size(threads: int) -> int:
-    """Weights of a chunk."""
-    return min(CHUNK, AT_ONCE // threads)
+def chunk_size(threads: int, *, small: bool = False) -> int:
+    """Weights of a chunk; a quarter of them where memory is short."""
+    return min(CHUNK, AT_ONCE // threads) // (4 if small else 1)
 
 
 def row_cuts(rows: slice, in_features: int, limit: int) -> list[slice]:

@@ -38,7 +38,7 @@ def damped_factor(H, damp_percent, order=None):
     rounded to nearest and weigh almost nothing in the search of the scales.
 
     Args:
-        H: (I, I) symmetric, positive semi-definite up to rounding; damped in place.
+        H: (I, I) symmetric, positive semi-definite up to rounding, or a SquareOnDisk; damped in place.
         damp_percent: First fraction to try.
         order: (I,) columns in the order in which they will be rounded; None where that is their own.
 
@@ -66,7 +66,7 @@ def damped_factor(H, damp_percent, order=None):
 
 def permuted(H, order):
     """H[order][:, order], some rows at a time."""
-    result = torch.empty_like(H)
+    result = torch.empty(len(H), len(H), dtype=H.diagonal().dtype, device=H.device)
     for start in range(0, len(H), PERMUTED_ROWS):
         rows = slice(start, start + PERMUTED_ROWS)
         torch.index_select(H[order[rows]], 1, order, out=result[rows])

@@ -13,7 +13,7 @@ from itertools import accumulate, repeat
 
 import torch
 
-from calibration.store import mapped, write
+from calibration.store import RowsOnDisk, SquareOnDisk, mapped, write
 from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import BlockTensor, QuantizedTensor
@@ -66,7 +66,7 @@ def gptq(
             are solved together (coupled.py). None where rows are independent.
         seed: Seeds the order of refinement sweeps.
         rows: A slice of the stacked matrix, to solve no more than that; None for all.
-        spill: File for G - H while H is factored; None keeps it in memory.
+        spill: Folder for H and WG, and for G - H while H is factored; None keeps them in memory.
         clock: Gets the seconds of factor, target, baseline, scales, columns and refine.
 
     Returns:
@@ -77,15 +77,17 @@ def gptq(
     """
     weights, clock = [weights] if isinstance(weights, torch.Tensor) else weights, clock or Clock()
     I = weights[0].shape[1]
+    if WG is not None and spill is not None:
+        WG = RowsOnDisk(WG, spill / "WG.bin")
     stage = _Stage(H, G, spec, grid, I, seed, spill, clock)
     rows, threads = rows or slice(0, sum(map(len, weights))), threads_of(H.device)
-    cuts = row_cuts(rows, I, chunk_size(threads)) if outputs is None else _runs(outputs)
-    mismatches = repeat(None) if WG is None else row_chunks([WG], cuts)
+    cuts = row_cuts(rows, I, chunk_size(threads, small=spill is not None)) if outputs is None else _runs(outputs)
+    mismatches = repeat(None) if WG is None else (WG[cut] for cut in cuts)
     chunks = zip(row_chunks(weights, cuts), mismatches, outputs or repeat(None), strict=False)
-    if (G is not None or WG is not None) and len(H) > rows.stop - rows.start:
+    if G is not None and len(stage.H) > rows.stop - rows.start:
         targets = over_chunks(stage.target, chunks, clock, threads)  # takes less memory than G, which has done its work
         stage.mismatch = None
-        _let_go(G, WG)
+        _let_go(G)
         solved = over_chunks(stage.solve, targets, clock, threads)
     else:
         solved = over_chunks(stage.target_and_solve, chunks, clock, threads)
@@ -98,7 +100,7 @@ def gptq(
 def _let_go(*consumed):
     """Frees tensors that the caller still names."""
     for tensor in consumed:
-        if tensor is not None:
+        if isinstance(tensor, torch.Tensor):
             tensor.set_()
 
 
@@ -127,10 +129,12 @@ class _Stage:
         if self.layout is not None:
             self.g_idx[self.layout] = self.g_idx.clone()
         self.mismatch = None if G is None else G.sub_(H)
-        if G is not None and spill is not None:
-            write(self.mismatch, spill)
-            self.mismatch = mapped(spill, G.shape, G.dtype)
-            G.set_()
+        if spill is not None:
+            H = SquareOnDisk(H, spill / "H.bin")
+            if G is not None:
+                write(self.mismatch, spill / "mismatch.bin")
+                self.mismatch = mapped(spill / "mismatch.bin", G.shape, G.dtype)
+                G.set_()
         with clock.phase("factor"):
             self.U, self.damp_percent = damped_factor(H, spec.damp_percent, self.visited)
         self.H = H
@@ -301,6 +305,7 @@ def _loss(D, H):
     loss = D.new_zeros(D.shape[1])
     for start in range(0, len(D), LOSS_TILE):
         tile, right = slice(start, start + LOSS_TILE), slice(start + LOSS_TILE, None)
-        bent = (H[tile, tile] @ D[tile]).addmm_(H[tile, right], D[right], alpha=2)
+        rows = H[tile]
+        bent = (rows[:, tile] @ D[tile]).addmm_(rows[:, right], D[right], alpha=2)
         loss += bent.mul_(D[tile]).sum(0)
     return loss

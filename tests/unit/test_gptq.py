@@ -272,7 +272,7 @@ def test_threads_change_no_bit(order, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_rows_of_a_stage_and_a_mismatch_on_disk_change_no_bit(order, tmp_path):
+def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, tmp_path):
     """What several ranks solve and gather, and what --max-memory does, is what one process does."""
     _, X, X_full = streams(10)
     H, G = 2 / len(X) * X.T @ X, 2 / len(X) * X_full.T @ X
@@ -281,13 +281,15 @@ def test_rows_of_a_stage_and_a_mismatch_on_disk_change_no_bit(order, tmp_path):
     given = lambda: dict(G=G.float(), seed=3)  # noqa: E731
     whole = gptq(weights, H.float(), spec, **given())
     parts = [gptq(weights, H.float(), spec, rows=slice(*cut), **given()) for cut in ((0, 32), (32, 64), (64, 110))]
-    spilled = gptq(weights, H.float(), spec, spill=tmp_path / "mismatch.bin", **given())
+    spilled = gptq(weights, H.float(), spec, spill=tmp_path, **given())
     for name in ("codes", "scale", "zero"):
         expected = getattr(whole.quantized, name)
         assert torch.equal(torch.cat([getattr(part.quantized, name) for part in parts]), expected)
         assert torch.equal(getattr(spilled.quantized, name), expected)
     assert torch.equal(torch.cat([part.loss for part in parts]), whole.loss) and torch.equal(spilled.loss, whole.loss)
-    assert (tmp_path / "mismatch.bin").stat().st_size == 4 * INPUTS * INPUTS
+    for name in ("loss_gptq", "loss_rtn", "energy"):
+        assert torch.equal(getattr(spilled, name), getattr(whole, name))
+    assert [file.stat().st_size for file in sorted(tmp_path.iterdir())] == [4 * INPUTS * INPUTS] * 2
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calibration.store import ActivationStore
+from calibration.store import ActivationStore, SquareOnDisk
 
 SHAPES = [(2, 5, 8), (2, 5, 8), (1, 5, 8), (2, 3, 8)]
 
@@ -103,3 +103,16 @@ def test_a_batch_that_was_handed_out_keeps_its_values(tmp_path, budget):
     held = store[0]
     store[0] = torch.ones(1, 64, 64)
     assert bool((store[0] == 1).all()) and bool((held == 0).all())
+
+
+def test_a_square_on_disk_gives_rows_with_the_diagonal_as_it_is_now(tmp_path):
+    matrix = torch.randn(7, 7)
+    expected, stored = matrix.clone(), SquareOnDisk(matrix, tmp_path / "folder" / "H.bin")
+    assert matrix.numel() == 0 and len(stored) == 7
+    stored.diagonal().add_(0.5)
+    expected.diagonal().add_(0.5)
+    assert torch.equal(stored.diagonal(), expected.diagonal())
+    for rows in (slice(None), slice(2, 5), slice(6, 9), torch.tensor([5, 0, 3])):
+        assert same_bits(stored[rows], expected[rows])
+    stored[:2].zero_()  # what is given is a copy
+    assert same_bits(stored[:], expected)
