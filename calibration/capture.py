@@ -135,8 +135,9 @@ class SuspendedForwards:
         run.unpark()
         watch = nullcontext() if self.parking is None else run.watcher
         with watch:
-            run.reads = run.thread.switch()
-        return run.reads
+            result = run.thread.switch()
+        run.reads = None if run.thread.dead else result  # the block's output is the caller's alone
+        return result
 
     def done(self, i: int) -> bool:
         """Whether batch i has left the block."""

@@ -114,10 +114,11 @@ class RowsOnDisk:
         """(R, I), in memory of their own."""
         wanted = torch.arange(len(self))[rows]
         found = torch.empty(len(wanted), self.shape[1])
+        pieces = [found] if isinstance(rows, slice) else found.split(1)
         with self._path.open("rb", buffering=0) as file:
-            for row, values in zip(wanted.tolist(), found.numpy(), strict=True):
-                file.seek(row * values.nbytes)
-                file.readinto(values)
+            for first, piece in zip(wanted.tolist(), pieces, strict=False):
+                file.seek(first * 4 * self.shape[1])
+                file.readinto(piece.numpy())
         return found
 
 

@@ -6,8 +6,8 @@ Resident memory of a walk on a CPU: the program, and the largest of these (fp32;
     accumulate  weights of the stage and of the one before; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
                 that is summed, W (G - H) (O x I)
     finalise    weights of the stage; H and G or W (G - H) in fp32, beside their sums
-    solve       weights of the stage; H, the factor and, unless outputs are few, G - H and a copy; targets, or
-                W (G - H), and codes; some rows
+    solve       weights of the stage; H, the factor, unless outputs are few G - H, and a copy of one where columns are
+                put in another order; targets, or W (G - H), and codes; some rows
 
 and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
 mapped, H and W (G - H) are read from disk row by row, G - H waits there while H is factored, and fewer rows are solved
@@ -22,6 +22,7 @@ from calibration.errors import InputError
 from calibration.hessian import TILE, few_rows
 from ptq.evaluation.stream import LOGIT_ENTRIES
 from ptq.quantizers.chunks import ROWS, chunk_size, threads_of
+from ptq.quantizers.gptq import large
 from ptq.streamed import StreamedModel
 from ptq.walk import BATCH_TOKENS
 
@@ -98,8 +99,8 @@ def _sums(I, cross, on_disk):
 
 def _solve(O, I, spec, on_disk):
     few, correction = few_rows(O, I), spec.correction > 0
-    squares = (1 if few else 2) + spec.desc_act if on_disk else (2 if few else 3 + correction)
-    targets = correction * (I > O) * (not (few and on_disk))
+    squares = (1 if on_disk and large(I) else 2) + (correction and not few) + spec.desc_act
+    targets = correction * (I > O) * (not (few and on_disk and large(I)))
     rows = targets + 0.5  # codes of a byte, in parts and as a whole
     threads = threads_of(torch.device("cpu"))
     chunk = max(chunk_size(threads, small=on_disk), ROWS * I)

@@ -113,7 +113,7 @@ class StageSolver:
         try:
             solution = gptq(
                 weights, H, self.spec, grid=grid, **cross, outputs=outputs, seed=self.spec.seed + salt, rows=rows,
-                spill=self.sums and self.sums / "solver", clock=self.clock,
+                spill=self.sums, clock=self.clock,
             )  # fmt: skip
         except InputError as error:
             raise InputError(f"{self.model.stored_name(i, names[0])}: {error}") from None

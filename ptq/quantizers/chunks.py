@@ -21,8 +21,8 @@ def threads_of(device: torch.device) -> int:
 
 
 def chunk_size(threads: int, *, small: bool = False) -> int:
-    """Weights of a chunk; a quarter of them where memory is short."""
-    return min(CHUNK, AT_ONCE // threads) // (4 if small else 1)
+    """Weights of a chunk; half of them where memory is short."""
+    return min(CHUNK, AT_ONCE // threads) // (2 if small else 1)
 
 
 def row_cuts(rows: slice, in_features: int, limit: int) -> list[slice]:

@@ -25,6 +25,12 @@ from ptq.quantizers.spans import cut_spans, fit_spans
 from ptq.quantizers.vectors import quantize_vectors
 
 LOSS_TILE = 512  # columns at once
+LARGE = 64 << 20  # bytes of a matrix (I, I); smaller ones stay in memory where that is short
+
+
+def large(in_features: int) -> bool:
+    """Whether matrices of a stage go to disk for a while where memory is short."""
+    return 4 * in_features**2 >= LARGE
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def gptq(
             are solved together (coupled.py). None where rows are independent.
         seed: Seeds the order of refinement sweeps.
         rows: A slice of the stacked matrix, to solve no more than that; None for all.
-        spill: Folder for H and WG, and for G - H while H is factored; None keeps them in memory.
+        spill: Where memory is short, folder for large H and WG, and G - H while H is factored; fewer rows are solved
+            at once then. None keeps all in memory.
         clock: Gets the seconds of factor, target, baseline, scales, columns and refine.
 
     Returns:
@@ -76,12 +83,13 @@ def gptq(
         InputError: H cannot be made positive definite.
     """
     weights, clock = [weights] if isinstance(weights, torch.Tensor) else weights, clock or Clock()
-    I = weights[0].shape[1]
+    I, small = weights[0].shape[1], spill is not None
+    spill = spill if large(I) else None
     if WG is not None and spill is not None:
         WG = RowsOnDisk(WG, spill / "WG.bin")
     stage = _Stage(H, G, spec, grid, I, seed, spill, clock)
     rows, threads = rows or slice(0, sum(map(len, weights))), threads_of(H.device)
-    cuts = row_cuts(rows, I, chunk_size(threads, small=spill is not None)) if outputs is None else _runs(outputs)
+    cuts = row_cuts(rows, I, chunk_size(threads, small=small)) if outputs is None else _runs(outputs)
     mismatches = repeat(None) if WG is None else (WG[cut] for cut in cuts)
     chunks = zip(row_chunks(weights, cuts), mismatches, outputs or repeat(None), strict=False)
     if G is not None and len(stage.H) > rows.stop - rows.start:
@@ -91,10 +99,12 @@ def gptq(
         solved = over_chunks(stage.solve, targets, clock, threads)
     else:
         solved = over_chunks(stage.target_and_solve, chunks, clock, threads)
+    facts = stage.dead, stage.damp_percent
+    del stage
+    _let_go(H, G, WG)
     tensors, losses = zip(*solved, strict=True)
     quantized, losses = tensors[0].stack(tensors), list(map(torch.cat, zip(*losses, strict=True)))
-    _let_go(H, G, WG)
-    return Solution(quantized, *losses[:4], stage.dead, stage.damp_percent, *losses[4:])
+    return Solution(quantized, *losses[:4], *facts, *losses[4:])
 
 
 def _let_go(*consumed):

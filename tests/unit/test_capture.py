@@ -169,6 +169,23 @@ def test_an_error_half_way_leaves_nothing_behind(streamed, parked, tmp_path):
 
 
 @torch.no_grad()
+def test_the_output_of_a_finished_forward_is_the_callers_alone(streamed):
+    """Kept here, the outputs of all batches would stay in memory although the store has spilled them."""
+    model = streamed("llama")
+    hidden, arguments = embedded(model)
+    with (
+        model.block(0),
+        SuspendedForwards(model.blocks[0], hidden, [a[0] for a in arguments], stage_modules(model, 0)) as forwards,
+    ):
+        for _ in range(len(model.family.stages) + 1):
+            out = forwards.advance(0)
+        assert forwards.done(0)
+        output = weakref.ref(out)
+        del out
+        assert output() is None
+
+
+@torch.no_grad()
 def test_an_error_inside_a_block_reaches_the_caller(streamed):
     model = streamed("llama")
     hidden, arguments = embedded(model)

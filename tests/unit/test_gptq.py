@@ -272,7 +272,7 @@ def test_threads_change_no_bit(order, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, tmp_path):
+def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, tmp_path, monkeypatch):
     """What several ranks solve and gather, and what --max-memory does, is what one process does."""
     _, X, X_full = streams(10)
     H, G = 2 / len(X) * X.T @ X, 2 / len(X) * X_full.T @ X
@@ -281,6 +281,7 @@ def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, tmp_path):
     given = lambda: dict(G=G.float(), seed=3)  # noqa: E731
     whole = gptq(weights, H.float(), spec, **given())
     parts = [gptq(weights, H.float(), spec, rows=slice(*cut), **given()) for cut in ((0, 32), (32, 64), (64, 110))]
+    monkeypatch.setattr(ptq.quantizers.gptq, "LARGE", 0)
     spilled = gptq(weights, H.float(), spec, spill=tmp_path, **given())
     for name in ("codes", "scale", "zero"):
         expected = getattr(whole.quantized, name)

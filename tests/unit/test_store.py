@@ -1,5 +1,7 @@
 """Activations between blocks: what goes in comes out, from memory or from disk."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -116,3 +118,34 @@ def test_a_square_on_disk_gives_rows_with_the_diagonal_as_it_is_now(tmp_path):
         assert same_bits(stored[rows], expected[rows])
     stored[:2].zero_()  # what is given is a copy
     assert same_bits(stored[:], expected)
+
+
+def resident(path):
+    """Bytes of a mapped file that are in this process's memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        found += inside and line.startswith("Rss:") and 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mapped memory")
+def test_what_a_holder_has_read_of_a_spilled_batch_leaves_memory(tmp_path):
+    store, x = ActivationStore(tmp_path, 0), torch.randn(64, 1024)
+    store.append(x)
+    held = store[0]
+    for _ in range(2):
+        assert same_bits(held, x) and resident(tmp_path / "batch-00000.bin") >= x.nbytes
+        store.let_go(0)
+        assert resident(tmp_path / "batch-00000.bin") == 0
+    del held
+    store.let_go(0)  # nobody holds it any more
+    assert same_bits(store[0], x)
+
+
+def test_letting_go_of_a_batch_in_memory_leaves_it_there(tmp_path):
+    store, x = ActivationStore(tmp_path, None), torch.randn(64, 1024)
+    store.append(x)
+    store.let_go(0)
+    assert same_bits(store[0], x)
