@@ -1,14 +1,14 @@
 """The most memory a run took, and giving back what it no longer needs."""
 
 import ctypes
-import os
 import resource
 from pathlib import Path
 
 import torch
 
 M_MMAP_THRESHOLD = -3  # glibc's number of the option
-LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
+LARGE = 16 << 20  # a forward's temporaries below that are used again: to clear new pages costs it a quarter of its time
+LARGE_IF_SHORT = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -35,15 +35,13 @@ def _status(field) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def manage_large_blocks() -> None:
-    """Has blocks of LARGE bytes or more go back to the system as soon as they are freed, and come in huge pages.
+def return_large_blocks(*, short: bool) -> None:
+    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed; smaller ones if `short`.
 
-    glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it. Each new block is
-    cleared page by page as it is touched: in pages of 4 KB that takes longer than an elementwise operator's own work.
+    glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it before its first allocation
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_IF_SHORT if short else LARGE)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from calibration.errors import InputError, TrainingStopped
 from calibration.ranks import ALONE, Ranks
 from ptq.job import Job, open_job
-from ptq.memory import manage_large_blocks
+from ptq.memory import return_large_blocks
 from ptq.outcome import REPORT, outcome, write_outcome
 from ptq.spec import QuantSpec
 from ptq.tuning.end_to_end import EndToEndTuning
@@ -77,7 +77,7 @@ def quantize_model(
         OSError: The disk failed; finished blocks stay in the work folder for resume.
         RankLost: Another rank has ended; finished blocks stay in the work folder for resume.
     """
-    manage_large_blocks()
+    return_large_blocks(short=max_memory is not None)
     job = open_job(
         model, spec or QuantSpec(), out=out, calibration=calibration, samples=samples, seqlen=seqlen, heldout=heldout,
         device=device, dtype=dtype, activation_budget=activation_budget, max_memory=max_memory, resume=resume,

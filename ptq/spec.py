@@ -215,7 +215,7 @@ class QuantSpec:
 EFFORTS = {
     "fast": {},
     "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
-    "best": {"own_tokens": 3 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 8},
+    "best": {"own_tokens": 6 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 8},
 }
 
 
