@@ -21,7 +21,7 @@ from calibration.ranks import ALONE, Ranks
 from calibration.store import mapped
 
 TILE = 512  # rows of H summed at once: half the products are saved but for the squares on the diagonal
-ROWS = 16  # of those, added in fp64 at once
+AT_ONCE = 1 << 16  # numbers of a product made fp64 at once: they fit a CPU's second cache
 
 
 def few_rows(out_features: int, in_features: int) -> bool:
@@ -90,7 +90,7 @@ class Hessian:
         if self._product is None:
             self._product = torch.empty(TILE * self.size, device=A.device)
         product = torch.mm(A, B, out=self._product[: total.numel()].view(total.shape))
-        rows = ROWS if total.device.type == "cpu" else TILE
+        rows = max(1, AT_ONCE // total.shape[1]) if total.device.type == "cpu" else TILE
         for sums, addends in zip(total.split(rows), product.split(rows), strict=True):
             sums.add_(addends)
 
