@@ -24,7 +24,7 @@ from ptq.evaluation.stream import LOGIT_ENTRIES
 from ptq.quantizers.chunks import ROWS, chunk_size, threads_of
 from ptq.quantizers.gptq import large
 from ptq.streamed import StreamedModel
-from ptq.walk import BATCH_TOKENS
+from ptq.streams import BATCH_TOKENS
 
 FP32, FP64 = 4, 8
 LATER = 215 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back

@@ -22,7 +22,8 @@ from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.walk import BATCH_TOKENS, Walk, most_ranks
+from ptq.streams import BATCH_TOKENS
+from ptq.walk import Walk, most_ranks
 from ptq.workdir import Scratch, WorkFolder, differences
 
 VERSION = "0.1.0"

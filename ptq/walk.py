@@ -1,9 +1,7 @@
 """The walk: blocks one by one, each stage solved on the inputs that the already quantized stages deliver.
 
-Two streams of activations go through a block, halted before each stage: the quantized one and, when the solver corrects
-for errors that arrive from earlier layers, the full-precision one. The block has one set of weights: the full-precision
-stream runs ahead through a stage with the original weights, then the stage's quantized weights are written and the
-quantized stream follows. Each linear multiplies each token once in each stream.
+Two streams of activations go through a block (streams.py): the quantized one and, when the solver corrects for errors
+that arrive from earlier layers, the full-precision one.
 
 With several ranks each carries its own calibration batches and solves its own outputs; H and G are summed over all, the
 solutions gathered, so every rank's block is the same one. Rank 0 alone holds the work folder.
@@ -13,12 +11,11 @@ Methods that train whole blocks (blockwise.py) take the place of the stages; sav
 
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
-from calibration.capture import SuspendedForwards, run_block
+from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
 from calibration.products import bf16_products
 from calibration.ranks import ALONE, Ranks
@@ -31,36 +28,15 @@ from ptq.qtensor import digest
 from ptq.quantizers.chunks import ROWS
 from ptq.stages import StageSolver
 from ptq.streamed import StreamedModel
+from ptq.streams import BlockForwards, open_streams, rows_of_batch
 from ptq.workdir import Scratch, WorkFolder
-
-BATCH_TOKENS = 1024  # bounds what a forward makes on its way; decides the last bits, since sums run over batches
-
-
-@dataclass
-class Streams:
-    """Activations entering the current block, and every block's other arguments for each batch."""
-
-    quantized: ActivationStore
-    full: ActivationStore | None
-    arguments: list[list[tuple]] = field(default_factory=list)
-
-    def __iter__(self):
-        return iter([self.quantized] if self.full is None else [self.quantized, self.full])
-
-    def at(self, block: int) -> list[tuple]:
-        """Arguments of one block, batch by batch."""
-        return [of_batch[block] for of_batch in self.arguments]
 
 
 def most_ranks(model: StreamedModel, tokens) -> int:
     """How many ranks find work: a batch of tokens (n_samples, seqlen) each, and ROWS outputs of every stage."""
     outputs = [sum(len(model.weight(0, name)) for name in stage) for stage in model.family.stages]
-    batches = [] if tokens is None else [-(-len(tokens) // _rows_of_batch(tokens))]
+    batches = [] if tokens is None else [-(-len(tokens) // rows_of_batch(tokens))]
     return min(batches + [-(-count // ROWS) for count in outputs])
-
-
-def _rows_of_batch(tokens):
-    return max(1, BATCH_TOKENS // tokens.shape[1])
 
 
 class Walk:
@@ -127,25 +103,10 @@ class Walk:
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
     def _open_streams(self, tokens):
-        spill = self.work.folder / "activations"
-        share = self.budget and self.budget // 4
-        quantized = ActivationStore(spill / "quantized", share)
-        two = self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0
-        streams, by_rows = Streams(quantized, ActivationStore(spill / "full", share) if two else None), {}
-        rows = self.spec.train_rows if self.spec.trains else _rows_of_batch(tokens)
-        batches = tokens.split(rows)
-        batches = batches[self.ranks.share(len(batches))]
-        with self.model.outside(head=False):
-            for batch in batches:
-                hidden, arguments = self.model.embed(batch)
-                streams.arguments.append(by_rows.setdefault(len(batch), arguments))
-                for store in streams:
-                    store.append(hidden)
-            if self.embed is not None:
-                self.embed(self.model.embedding_weight)
-                for b, batch in enumerate(batches):
-                    streams.quantized[b], _ = self.model.embed(batch)
-        return streams
+        batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(tokens))
+        own, spill = batches[self.ranks.share(len(batches))], self.work.folder / "activations"
+        two = bool(self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0)
+        return open_streams(self.model, own, spill, self.budget, two=two, embed=self.embed)
 
     def _replay_block(self, i, streams):
         """Carries both streams through a block that an earlier run finished."""
@@ -178,15 +139,14 @@ class Walk:
             return self._train_block(i, streams)
         weights = {name: self.model.weight(i, name).clone() for name in self._reconstructed}
         linears = {}
-        with ExitStack() as open_forwards:
-            quantized, *full = (open_forwards.enter_context(self._forwards(i, streams, store)) for store in streams)
-            self._run_ahead(full, streams.full)
+        with BlockForwards(self.model, i, streams, self._products) as forwards:
             for s, stage in enumerate(stages):
                 if not weights:
                     self._load_stage(i, stage)
                 release_freed()
                 outputs, counts = self.work.fisher(i, s) if self.spec.fisher_tokens else (None, None)
-                hessian = self._accumulate(quantized, full, streams.full, i, stage, counts)
+                hessian = self.stages.hessian(i, stage, cross=streams.full is not None, counts=counts)
+                forwards.sum_inputs(hessian)
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 H, G = self._finalise(i, stage, hessian)
@@ -197,7 +157,7 @@ class Walk:
                     linears |= dict(zip(stage, solved, strict=True))
                 del solved
             if not weights:
-                self._run_ahead([quantized], streams.quantized)
+                forwards.finish()
                 self.model.drop_linears(i, stages[-1])
         if weights:
             self._reconstruct(i, streams, weights, linears, tensors, report)
@@ -275,57 +235,11 @@ class Walk:
                     f" which ends at {HALF_MAX:.0f}: the checkpoint is damaged"
                 )
 
-    def _forwards(self, i, streams, store):
-        """One stream's forwards through block i, halting at its stages."""
-        modules = [[self.model.linear(i, name) for name in stage] for stage in self.model.family.stages]
-        parking = None if self.budget is None else self.work.folder / "activations" / f"halted-{store.name}"
-        return SuspendedForwards(
-            self.model.blocks[i], store.on(self.model.device), streams.at(i), modules,
-            parking=parking, budget=self.budget and self.budget // 4,
-        )  # fmt: skip
-
-    def _run_ahead(self, several, store):
-        """Runs every batch up to its next halt."""
-        for forwards in several:
-            for b in range(len(forwards)):
-                self._advance(forwards, b, store)
-
-    def _advance(self, forwards, b, store):
-        """Runs a batch up to its next halt; what comes out of the block's end enters the next one."""
-        with self._products("forward"):
-            out = forwards.advance(b)
-            if forwards.done(b):
-                store[b] = out
-            else:
-                self._settle(forwards, b)
-
-    def _settle(self, forwards, b):
-        """What a halted batch keeps may go to disk, and what it still holds of a file is read again."""
-        forwards.settle(b)
-        forwards.inputs.let_go(b)
-
     @contextmanager
     def _products(self, phase):
         """A phase that the clock books, with bf16 products if the walk has them."""
         with self.clock.phase(phase), bf16_products(self.bf16):
             yield
-
-    def _accumulate(self, quantized, full, store, i, stage, counts):
-        """Runs the quantized stream up to a stage and sums what the stage will read.
-
-        What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
-        stage's inputs may be wider than its outputs.
-        """
-        hessian = self.stages.hessian(i, stage, cross=bool(full), counts=counts)
-        for b in range(len(quantized)):
-            with self._products("forward"):
-                x = quantized.advance(b)
-            with self._products("hessian"):
-                hessian.add(x, *(forwards.reads(b) for forwards in full))
-            self._settle(quantized, b)
-            for forwards in full:
-                self._advance(forwards, b, store)
-        return hessian
 
     def _finalise(self, i, stage, hessian):
         """H, and G, W (G - H) or None."""

@@ -44,13 +44,13 @@ LAYERS = {
     ),
     "ptq.job": (
         "ptq.budget", "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.formats", "ptq.memory",
-        "ptq.own_text", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.walk", "ptq.workdir",
-        "calibration",
+        "ptq.own_text", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.streams", "ptq.walk",
+        "ptq.workdir", "calibration",
     ),
     "ptq.own_text": ("ptq.clock", "ptq.memory", "ptq.streamed", "ptq.workdir", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
-    "ptq.budget": ("ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.walk", "calibration"),
+    "ptq.budget": ("ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "calibration"),
     "ptq.tuning": (
         "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
         "calibration",
@@ -69,8 +69,9 @@ LAYERS = {
     "ptq.evaluation": ("ptq.streamed", "calibration"),
     "ptq.walk": (
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.stages",
-        "ptq.streamed", "ptq.workdir", "calibration",
+        "ptq.streamed", "ptq.streams", "ptq.workdir", "calibration",
     ),
+    "ptq.streams": ("ptq.streamed", "calibration"),
     "ptq.stages": ("ptq.clock", "ptq.quantizers", "ptq.streamed", "calibration"),
     "ptq.blockwise": ("ptq.export.shards", "ptq.quantizers", "calibration"),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),

@@ -7,7 +7,7 @@ import torch
 from test_columns import one_thread  # noqa: F401
 
 import ptq.blockwise
-import ptq.walk
+import ptq.streams
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
 from calibration.tokens import hold_back
@@ -29,7 +29,7 @@ SPEC = QuantSpec(bits=2, group_size=32, reconstruct_epochs=4, code_lr=0.05)
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(ptq.walk, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(ptq.streams, "BATCH_TOKENS", 20)
 
 
 def random_weight(O=6, I=40):

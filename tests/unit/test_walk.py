@@ -10,7 +10,7 @@ from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import ptq.stages
-import ptq.walk
+import ptq.streams
 from calibration.errors import InputError
 from calibration.hessian import Hessian
 from calibration.store import ActivationStore
@@ -52,8 +52,8 @@ class Recorded:
                 recorded.stores.append(self)
 
         monkeypatch.setattr(ptq.stages, "Hessian", WatchedHessian)
-        monkeypatch.setattr(ptq.walk, "ActivationStore", WatchedStore)
-        monkeypatch.setattr(ptq.walk, "BATCH_TOKENS", BATCH_TOKENS)
+        monkeypatch.setattr(ptq.streams, "ActivationStore", WatchedStore)
+        monkeypatch.setattr(ptq.streams, "BATCH_TOKENS", BATCH_TOKENS)
         self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
         for i in range(len(self.model.blocks)):
             for name in self.model.family.linears:
