@@ -86,10 +86,11 @@ class WorkFolder:
         changed = differences(before, identity)
         if changed:
             raise InputError(f"{self.folder}: cannot resume, the run is another one: {'; '.join(changed)}")
-        for path in (*self._blocks(), *self.folder.glob("tuned-*.safetensors")):
+        for path in (*self._blocks(), *self.folder.glob("tuned-*.safetensors"), *self.folder.glob("tuning-*")):
             if not _is_whole(path):
                 path.unlink()
                 self._tuned.unlink(missing_ok=True)  # tuning begins when all blocks are there
+                self._tuning.unlink(missing_ok=True)
         for path in self._finished():
             if not _is_whole(path):
                 path.unlink()
@@ -137,6 +138,8 @@ class WorkFolder:
     def save_tuned(self, report: dict):
         """Ends tuning: from now on the tuned blocks that are there stand in for the walk's."""
         self._save(self._tuned, {}, report)
+        for path in self.folder.glob("tuning*.safetensors"):
+            path.unlink()
 
     def save_tuned_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
         """Keeps what tuning has made of a block so far.
@@ -150,8 +153,31 @@ class WorkFolder:
 
     def drop_tuned(self):
         """Removes what a tuning that did not end has left."""
-        for path in self.folder.glob("tuned*.safetensors"):
+        for path in self.folder.glob("tun[ei]*.safetensors"):
             path.unlink()
+
+    def save_tuning(self, step: int, blocks: Iterable[dict[str, torch.Tensor]], report: dict):
+        """Keeps the state of a tuning that goes on, in place of the one before.
+
+        Args:
+            step: Another number than the one before.
+            blocks: Each block's tensors by name.
+            report: What else it needs.
+        """
+        for i, tensors in enumerate(blocks):
+            self.save_part(_state(step, i), tensors, {})
+        self._save(self._tuning, {}, {"step": step, "report": report})
+        kept = {self._part(_state(step, i)) for i in range(i + 1)}
+        for path in set(self.folder.glob("tuning-*.safetensors")) - kept:
+            path.unlink()
+
+    def tuning_report(self) -> dict | None:
+        """The report that came with a tuning's state; None where there is none."""
+        return _report(self._tuning)["report"] if self._tuning.exists() else None
+
+    def tuning_tensor(self, i: int, name: str) -> torch.Tensor:
+        """A tensor of block i's state."""
+        return self.part_tensor(_state(_report(self._tuning)["step"], i), name)
 
     def has_part(self, name: str) -> bool:
         """Whether something that is settled before the first block is."""
@@ -225,6 +251,10 @@ class WorkFolder:
     def _tuned(self):
         return self._part("tuned")
 
+    @property
+    def _tuning(self):
+        return self._part("tuning")
+
     def _tuned_block(self, i):
         return self._part(f"tuned-{i:05d}")
 
@@ -283,6 +313,10 @@ class Scratch:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
+
+
+def _state(step, i):
+    return f"tuning-{step:05d}-{i:05d}"
 
 
 def _fisher(i):

@@ -6,9 +6,13 @@ BitDistiller (arXiv 2402.10631), from where the solver left them, and few turn. 
 smallest divergence on rows that took no part.
 """
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from math import cos, hypot, isfinite, pi
+from shutil import disk_usage
+from time import monotonic
 
 import torch
 from tqdm import tqdm
@@ -25,6 +29,7 @@ from ptq.workdir import WorkFolder
 BATCH_TOKENS = 512  # of a step, or a row: many small steps turn the codes that gain, a few large ones hardly any
 STEPS = 512  # of an epoch, at most: each loads every block twice
 WARM_UP = 5  # steps in which the learning rates rise
+KEEP_AFTER = 600  # seconds of work that are worth writing down: 12 bytes a weight
 
 
 class EndToEndTuning:
@@ -62,7 +67,8 @@ class EndToEndTuning:
         """
         if not self.spec.tune_epochs or self.work.has_tuned:
             return
-        self.work.drop_tuned()
+        if self.work.tuning_report() is None:
+            self.work.drop_tuned()
         with self.clock.phase("tune"), bf16_products(self.bf16):
             student = StreamedStudent(self.model, self.codec, self.work, self.budget, codes=self.spec.tune_drift > 0)
             if student.trained.empty:
@@ -84,21 +90,44 @@ class EndToEndTuning:
         rates = self._rates(self.spec.tune_epochs * -(-len(trained) // size))
         bar = tqdm(rates, desc="tuning", unit="step", disable=None)
         generator = torch.Generator().manual_seed(self.spec.seed)
-        best = student.divergence(text, held)
-        report = {"kl_before": best, "kl_epochs": [], "codes_turned": 0.0}
+        report, kept = self._start(student, text, held), monotonic()
         steps = iter(bar)
         for epoch in range(self.spec.tune_epochs):
             order = [trained[b] for b in torch.randperm(len(trained), generator=generator).tolist()]
-            reached = self._epoch(student, text, [order[k : k + size] for k in range(0, len(order), size)], held, steps)
+            batches = [order[k : k + size] for k in range(0, len(order), size)]
+            if epoch < len(report["kl_epochs"]):  # an earlier run did
+                deque(islice(steps, len(batches)), 0)
+                continue
+            reached = self._epoch(student, text, batches, held, steps)
             if isinstance(reached, str):
                 report["stopped"] = f"the divergence is {reached.format(epoch + 1)}"
                 break
-            report["kl_epochs"].append(reached)
             bar.set_postfix_str(f"divergence {reached:.4g} (before {report['kl_before']:.4g})")
-            if reached < best:
-                best, report["codes_turned"] = reached, self._save_blocks(student)
+            if reached < _best(report):
+                report["codes_turned"] = self._save_blocks(student)
+            report["kl_epochs"].append(reached)
+            if monotonic() - kept > KEEP_AFTER and epoch + 1 < self.spec.tune_epochs:
+                self._keep(student, report)
+                kept = monotonic()
         bar.close()
-        return report | {"kl_after": best}
+        return report | {"kl_after": _best(report)}
+
+    def _start(self, student, text, held) -> dict:
+        """The report so far, the student in the state that goes with it."""
+        report = self.work.tuning_report()
+        if report is None:
+            return {"kl_before": student.divergence(text, held), "kl_epochs": [], "codes_turned": 0.0}
+        for i in range(len(self.model.blocks)):
+            for name, tensor in student.trained.state(i).items():
+                tensor.copy_(self.work.tuning_tensor(i, name))
+        return report
+
+    def _keep(self, student, report):
+        """Writes the state down for whoever resumes, if there is room beside the one before."""
+        blocks = range(len(self.model.blocks))
+        size = sum(tensor.nbytes for i in blocks for tensor in student.trained.state(i).values())
+        if disk_usage(self.work.folder).free > 2 * size:
+            self.work.save_tuning(len(report["kl_epochs"]), map(student.trained.state, blocks), report)
 
     def _rates(self, steps) -> list[dict[str, float]]:
         """The learning rates of scales and of positions in each step.
@@ -132,6 +161,10 @@ class EndToEndTuning:
                 total += tuned.codes.numel()
             self.work.save_tuned_block(i, packed, entries)
         return turned / total
+
+
+def _best(report):
+    return min([report["kl_before"], *report["kl_epochs"]])
 
 
 def _cosine(step, steps):

@@ -89,6 +89,15 @@ class TrainedBlocks:
             if "position" in of_linear:
                 limit_positions(of_linear["position"], self._tops[i][name])
 
+    def state(self, i: int) -> dict[str, torch.Tensor]:
+        """What is trained in block i and its optimizer's numbers, by name; what is done to them counts."""
+        found = {}
+        for name, leaves in self._leaves[i].items():
+            for n, leaf in leaves.items():
+                found[f"{name}.{n}"] = leaf.detach()
+                found |= {f"{name}.{n}.{part}": x for part, x in self._optimizers[i].state[leaf].items()}
+        return found
+
     def _kind(self, start):
         if isinstance(start, QuantizedTensor):
             return TrainedCodes if self.codes else TrainedScales

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from errno import ENOSPC
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,68 @@ def test_a_killed_or_spilled_run_gives_the_same_bytes(tiny, tmp_path, monkeypatc
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+class Kept:
+    """A tuning that writes its state down after every epoch, interrupted in one of them."""
+
+    def __init__(self, folder, out, monkeypatch, steps):
+        monkeypatch.setattr(ptq.tuning.end_to_end, "KEEP_AFTER", -1)
+        real, taken = StreamedStudent.backward, []
+
+        def counted(self, *args):
+            taken.append(args[1])
+            return interrupt() if len(taken) > steps else real(self, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(StreamedStudent, "backward", counted)
+            Tuned(folder, out).run()
+
+
+def test_what_was_killed_goes_on_after_its_last_epoch(tiny, tmp_path, monkeypatch):
+    """Five batches are trained on: twelve steps are two epochs and two of the third."""
+    folder = tiny("llama")
+    whole = Tuned(folder, tmp_path / "whole").run()
+    Kept(folder, tmp_path / "out", monkeypatch, 12)
+    resumed, real, taken = Tuned(folder, tmp_path / "out", resume=True, budget=1), StreamedStudent.backward, []
+    assert len(resumed.work.tuning_report()["kl_epochs"]) == 2
+    monkeypatch.setattr(StreamedStudent, "backward", lambda *args: taken.append(args) or real(*args))
+    assert resumed.run().saved == whole.saved and len(taken) == 5
+    assert not list(resumed.work.folder.glob("tuning*"))
+
+
+@pytest.mark.parametrize("name", ["tuning.safetensors", "tuning-00002-00001.safetensors", "tuned-00000.safetensors"])
+def test_a_tuning_whose_state_is_damaged_starts_again(name, tiny, tmp_path, monkeypatch):
+    folder = tiny("llama")
+    whole = Tuned(folder, tmp_path / "whole").run()
+    Kept(folder, tmp_path / "out", monkeypatch, 12)
+    path = tmp_path / "out.ptq-work" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    resumed = Tuned(folder, tmp_path / "out", resume=True)
+    assert resumed.work.tuning_report() is None
+    assert resumed.run().saved == whole.saved
+
+
+def test_a_state_that_was_not_written_to_its_end_does_not_count(tiny, tmp_path, monkeypatch):
+    folder, save = tiny("llama"), WorkFolder.save_part
+    whole = Tuned(folder, tmp_path / "whole").run()
+    monkeypatch.setattr(ptq.tuning.end_to_end, "KEEP_AFTER", -1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop = lambda self, name, *args: interrupt() if name == "tuning-00002-00001" else save(self, name, *args)  # noqa: E731
+        patch.setattr(WorkFolder, "save_part", stop)
+        Tuned(folder, tmp_path / "out").run()
+    left = {path.name for path in (tmp_path / "out.ptq-work").glob("tuning-*")}
+    assert {"tuning-00001-00000.safetensors", "tuning-00002-00000.safetensors"} <= left
+    resumed = Tuned(folder, tmp_path / "out", resume=True)
+    assert len(resumed.work.tuning_report()["kl_epochs"]) == 1
+    assert resumed.run().saved == whole.saved
+
+
+def test_without_room_for_the_state_tuning_goes_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptq.tuning.end_to_end, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    folder = tiny("llama")
+    Kept(folder, tmp_path / "out", monkeypatch, 12)
+    assert not list((tmp_path / "out.ptq-work").glob("tuning*"))
 
 
 def test_a_full_disk_is_an_error_before_the_first_step(tiny, tmp_path, monkeypatch):
