@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,11 +86,10 @@ class WorkFolder:
         changed = differences(before, identity)
         if changed:
             raise InputError(f"{self.folder}: cannot resume, the run is another one: {'; '.join(changed)}")
-        for path in (*self._blocks(), *self.folder.glob("tuned-*.safetensors"), *self.folder.glob("tuning-*")):
+        for path in (*self._blocks(), *self.folder.glob("tuned-*.safetensors")):
             if not _is_whole(path):
                 path.unlink()
                 self._tuned.unlink(missing_ok=True)  # tuning begins when all blocks are there
-                self._tuning.unlink(missing_ok=True)
         for path in self._finished():
             if not _is_whole(path):
                 path.unlink()
@@ -138,8 +137,6 @@ class WorkFolder:
     def save_tuned(self, report: dict):
         """Ends tuning: from now on the tuned blocks that are there stand in for the walk's."""
         self._save(self._tuned, {}, report)
-        for path in self.folder.glob("tuning*.safetensors"):
-            path.unlink()
 
     def save_tuned_block(self, i: int, tensors: dict[str, torch.Tensor], report: dict):
         """Keeps what tuning has made of a block so far.
@@ -151,33 +148,13 @@ class WorkFolder:
         """
         self._save(self._tuned_block(i), tensors, report)
 
+    def has_tuned_block(self, i: int) -> bool:
+        """Whether tuning has made something of block i."""
+        return self._tuned_block(i).exists()
+
     def drop_tuned(self):
         """Removes what a tuning that did not end has left."""
-        for path in self.folder.glob("tun[ei]*.safetensors"):
-            path.unlink()
-
-    def save_tuning(self, step: int, blocks: Iterable[dict[str, torch.Tensor]], report: dict):
-        """Keeps the state of a tuning that goes on, in place of the one before.
-
-        Args:
-            step: Another number than the one before.
-            blocks: Each block's tensors by name.
-            report: What else it needs.
-        """
-        for i, tensors in enumerate(blocks):
-            self.save_part(_state(step, i), tensors, {})
-        self._save(self._tuning, {}, {"step": step, "report": report})
-        kept = {self._part(_state(step, i)) for i in range(i + 1)}
-        for path in set(self.folder.glob("tuning-*.safetensors")) - kept:
-            path.unlink()
-
-    def tuning_report(self) -> dict | None:
-        """The report that came with a tuning's state; None where there is none."""
-        return _report(self._tuning)["report"] if self._tuning.exists() else None
-
-    def tuning_tensor(self, i: int, name: str) -> torch.Tensor:
-        """A tensor of block i's state."""
-        return self.part_tensor(_state(_report(self._tuning)["step"], i), name)
+        self.drop_parts("tuned*")
 
     def has_part(self, name: str) -> bool:
         """Whether something that is settled before the first block is."""
@@ -195,6 +172,12 @@ class WorkFolder:
         """One of its tensors."""
         with _open_block(self._part(name)) as file:
             return file.get_tensor(tensor).clone()
+
+    def drop_parts(self, pattern: str, *, but: Collection[str] = ()):
+        """Removes parts whose names match a pattern, but for some."""
+        for path in self.folder.glob(f"{pattern}.safetensors"):
+            if path.stem not in but:
+                path.unlink()
 
     def has_fisher(self, i: int) -> bool:
         """Whether block i's H_O are there."""
@@ -250,10 +233,6 @@ class WorkFolder:
     @property
     def _tuned(self):
         return self._part("tuned")
-
-    @property
-    def _tuning(self):
-        return self._part("tuning")
 
     def _tuned_block(self, i):
         return self._part(f"tuned-{i:05d}")
@@ -313,10 +292,6 @@ class Scratch:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
-
-
-def _state(step, i):
-    return f"tuning-{step:05d}-{i:05d}"
 
 
 def _fisher(i):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from math import cos, hypot, isfinite, pi
-from shutil import disk_usage
 from time import monotonic
 
 import torch
@@ -23,6 +22,7 @@ from calibration.tokens import hold_back
 from ptq.clock import Clock
 from ptq.qtensor import digest
 from ptq.streamed import StreamedModel
+from ptq.tuning.state import TuningState, best_divergence
 from ptq.tuning.student import StreamedStudent, Text
 from ptq.workdir import WorkFolder
 
@@ -67,7 +67,9 @@ class EndToEndTuning:
         """
         if not self.spec.tune_epochs or self.work.has_tuned:
             return
-        if self.work.tuning_report() is None:
+        state = TuningState(self.work, len(self.model.blocks))
+        if state.report() is None:
+            state.drop()
             self.work.drop_tuned()
         with self.clock.phase("tune"), bf16_products(self.bf16):
             student = StreamedStudent(self.model, self.codec, self.work, self.budget, codes=self.spec.tune_drift > 0)
@@ -75,23 +77,27 @@ class EndToEndTuning:
                 return
             text = student.open(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])), self.embed)
             with self.model.outside(head=True):
-                report = self._train(student, text)
+                report = self._train(student, text, state)
             self.work.save_tuned(report)
+            state.drop()
         if "stopped" in report:
             raise TrainingStopped(
                 f"tuning: {report['stopped']}; the best epoch is kept and --resume goes on with it,"
                 " or start again with a smaller learning rate"
             )
 
-    def _train(self, student: StreamedStudent, text: Text) -> dict:
+    def _train(self, student: StreamedStudent, text: Text, state: TuningState) -> dict:
         """Saves the best epoch's blocks; the report."""
         trained, held = hold_back(len(text.embedded))
         size = -(-len(trained) // STEPS)
         rates = self._rates(self.spec.tune_epochs * -(-len(trained) // size))
         bar = tqdm(rates, desc="tuning", unit="step", disable=None)
         generator = torch.Generator().manual_seed(self.spec.seed)
-        report, kept = self._start(student, text, held), monotonic()
-        steps = iter(bar)
+        report, kept, steps = state.report(), monotonic(), iter(bar)
+        if report is None:
+            report = {"kl_before": student.divergence(text, held), "kl_epochs": [], "codes_turned": 0.0}
+        else:
+            state.restore(student.trained, report)
         for epoch in range(self.spec.tune_epochs):
             order = [trained[b] for b in torch.randperm(len(trained), generator=generator).tolist()]
             batches = [order[k : k + size] for k in range(0, len(order), size)]
@@ -103,31 +109,14 @@ class EndToEndTuning:
                 report["stopped"] = f"the divergence is {reached.format(epoch + 1)}"
                 break
             bar.set_postfix_str(f"divergence {reached:.4g} (before {report['kl_before']:.4g})")
-            if reached < _best(report):
+            if reached < best_divergence(report):
                 report["codes_turned"] = self._save_blocks(student)
             report["kl_epochs"].append(reached)
             if monotonic() - kept > KEEP_AFTER and epoch + 1 < self.spec.tune_epochs:
-                self._keep(student, report)
+                state.keep(student.trained, report)
                 kept = monotonic()
         bar.close()
-        return report | {"kl_after": _best(report)}
-
-    def _start(self, student, text, held) -> dict:
-        """The report so far, the student in the state that goes with it."""
-        report = self.work.tuning_report()
-        if report is None:
-            return {"kl_before": student.divergence(text, held), "kl_epochs": [], "codes_turned": 0.0}
-        for i in range(len(self.model.blocks)):
-            for name, tensor in student.trained.state(i).items():
-                tensor.copy_(self.work.tuning_tensor(i, name))
-        return report
-
-    def _keep(self, student, report):
-        """Writes the state down for whoever resumes, if there is room beside the one before."""
-        blocks = range(len(self.model.blocks))
-        size = sum(tensor.nbytes for i in blocks for tensor in student.trained.state(i).values())
-        if disk_usage(self.work.folder).free > 2 * size:
-            self.work.save_tuning(len(report["kl_epochs"]), map(student.trained.state, blocks), report)
+        return report | {"kl_after": best_divergence(report)}
 
     def _rates(self, steps) -> list[dict[str, float]]:
         """The learning rates of scales and of positions in each step.
@@ -161,10 +150,6 @@ class EndToEndTuning:
                 total += tuned.codes.numel()
             self.work.save_tuned_block(i, packed, entries)
         return turned / total
-
-
-def _best(report):
-    return min([report["kl_before"], *report["kl_epochs"]])
 
 
 def _cosine(step, steps):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.evaluation.stream
 import ptq.tuning.end_to_end
+import ptq.tuning.state
 import ptq.tuning.student
 import ptq.tuning.trained
 from calibration.errors import TrainingStopped
@@ -26,6 +27,7 @@ from ptq.measure import open_streamed
 from ptq.quantizers.rtn import rtn
 from ptq.streamed import StreamedModel
 from ptq.tuning.end_to_end import EndToEndTuning
+from ptq.tuning.state import TuningState
 from ptq.tuning.student import StreamedStudent
 from ptq.tuning.trained import EPSILON, TrainedBlocks
 from ptq.walk import Walk
@@ -212,6 +214,10 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def state_of(tuned):
+    return TuningState(tuned.work, len(tuned.model.blocks)).report()
+
+
 class Kept:
     """A tuning that writes its state down after every epoch, interrupted in one of them."""
 
@@ -234,7 +240,7 @@ def test_what_was_killed_goes_on_after_its_last_epoch(tiny, tmp_path, monkeypatc
     whole = Tuned(folder, tmp_path / "whole").run()
     Kept(folder, tmp_path / "out", monkeypatch, 12)
     resumed, real, taken = Tuned(folder, tmp_path / "out", resume=True, budget=1), StreamedStudent.backward, []
-    assert len(resumed.work.tuning_report()["kl_epochs"]) == 2
+    assert len(state_of(resumed)["kl_epochs"]) == 2
     monkeypatch.setattr(StreamedStudent, "backward", lambda *args: taken.append(args) or real(*args))
     assert resumed.run().saved == whole.saved and len(taken) == 5
     assert not list(resumed.work.folder.glob("tuning*"))
@@ -248,7 +254,7 @@ def test_a_tuning_whose_state_is_damaged_starts_again(name, tiny, tmp_path, monk
     path = tmp_path / "out.ptq-work" / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     resumed = Tuned(folder, tmp_path / "out", resume=True)
-    assert resumed.work.tuning_report() is None
+    assert state_of(resumed) is None
     assert resumed.run().saved == whole.saved
 
 
@@ -263,12 +269,12 @@ def test_a_state_that_was_not_written_to_its_end_does_not_count(tiny, tmp_path, 
     left = {path.name for path in (tmp_path / "out.ptq-work").glob("tuning-*")}
     assert {"tuning-00001-00000.safetensors", "tuning-00002-00000.safetensors"} <= left
     resumed = Tuned(folder, tmp_path / "out", resume=True)
-    assert len(resumed.work.tuning_report()["kl_epochs"]) == 1
+    assert len(state_of(resumed)["kl_epochs"]) == 1
     assert resumed.run().saved == whole.saved
 
 
 def test_without_room_for_the_state_tuning_goes_on(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(ptq.tuning.end_to_end, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(ptq.tuning.state, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     folder = tiny("llama")
     Kept(folder, tmp_path / "out", monkeypatch, 12)
     assert not list((tmp_path / "out.ptq-work").glob("tuning*"))
