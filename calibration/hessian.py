@@ -86,7 +86,7 @@ class Hessian:
         self.tokens += x.shape[0]
 
     def _add_product(self, total, A, B):
-        """Total += A B. The product's memory is used again and again; what a CPU makes fp64 at once fits its cache."""
+        """Adds A B. The product's memory is used again and again; what a CPU makes fp64 at once fits its cache."""
         if self._product is None:
             self._product = torch.empty(TILE * self.size, device=A.device)
         product = torch.mm(A, B, out=self._product[: total.numel()].view(total.shape))

@@ -118,7 +118,8 @@ class RowsOnDisk:
         with self._path.open("rb", buffering=0) as file:
             for first, piece in zip(wanted.tolist(), pieces, strict=False):
                 file.seek(first * 4 * self.shape[1])
-                file.readinto(piece.numpy())
+                if file.readinto(piece.numpy()) != piece.nbytes:
+                    raise OSError(f"{self._path}: became shorter while it was used")
         return found
 
 

@@ -118,6 +118,9 @@ def test_a_square_on_disk_gives_rows_with_the_diagonal_as_it_is_now(tmp_path):
         assert same_bits(stored[rows], expected[rows])
     stored[:2].zero_()  # what is given is a copy
     assert same_bits(stored[:], expected)
+    (tmp_path / "folder" / "H.bin").write_bytes(b"short")
+    with pytest.raises(OSError, match="H.bin: became shorter while it was used"):
+        stored[1:3]
 
 
 def resident(path):
