@@ -20,6 +20,7 @@ from ptq.export.gptq_tensors import GptqCodec
 from ptq.qtensor import digest
 from ptq.quantizers.rtn import rtn
 from ptq.spec import QuantSpec
+from ptq.stages import StageSolver
 from ptq.streamed import StreamedModel
 from ptq.walk import Walk
 from ptq.workdir import WorkFolder
@@ -115,6 +116,32 @@ def whole_forward(folder, family, weights):
 
 def equal_streams(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def loaded_linears(model):
+    """(block, linear) of all weights that are in memory."""
+    every = ((i, name) for i in range(len(model.blocks)) for name in model.family.linears)
+    return {(i, name) for i, name in every if not model.weight(i, name).is_meta}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_no_more_weights_are_in_memory_than_those_of_two_stages(model_type, walk, tiny, tmp_path, monkeypatch):
+    seen = {"hessian": [], "solve": []}
+
+    def watch(name, real):
+        def watched(self, *args, **kwargs):
+            seen[name].append(loaded_linears(self.model))
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(StageSolver, name, watched)
+
+    for name in seen:
+        watch(name, getattr(StageSolver, name))
+    model = walk(tiny(model_type), tmp_path / "out").model
+    stages = [{(i, name) for name in stage} for i in range(2) for stage in model.family.stages]
+    before = [set() if s % len(model.family.stages) == 0 else stages[s - 1] for s in range(len(stages))]
+    assert seen["hessian"] == [a | b for a, b in zip(before, stages, strict=True)]
+    assert seen["solve"] == stages and loaded_linears(model) == set()
 
 
 @pytest.mark.parametrize("correction", [0.0, 1.0])
