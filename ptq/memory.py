@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 M_MMAP_THRESHOLD = -3  # glibc's number of the option
-LARGE = 16 << 20  # a forward's temporaries below that are used again: to clear new pages costs it a quarter of its time
-LARGE_IF_SHORT = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
+LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -35,13 +34,13 @@ def _status(field) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def return_large_blocks(*, short: bool) -> None:
-    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed; smaller ones if `short`.
+def return_large_blocks() -> None:
+    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed.
 
     glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
     """
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_IF_SHORT if short else LARGE)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
 

@@ -77,7 +77,7 @@ def quantize_model(
         OSError: The disk failed; finished blocks stay in the work folder for resume.
         RankLost: Another rank has ended; finished blocks stay in the work folder for resume.
     """
-    return_large_blocks(short=max_memory is not None)
+    return_large_blocks()
     job = open_job(
         model, spec or QuantSpec(), out=out, calibration=calibration, samples=samples, seqlen=seqlen, heldout=heldout,
         device=device, dtype=dtype, activation_budget=activation_budget, max_memory=max_memory, resume=resume,
