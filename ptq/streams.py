@@ -99,11 +99,12 @@ class BlockForwards:
 
     def __init__(self, model: StreamedModel, i: int, streams: Streams, products: Callable):
         self.model, self.i, self.streams, self.products = model, i, streams, products
-        self._opened = ExitStack()
 
     def __enter__(self):
-        self.quantized, *self.full = (self._opened.enter_context(self._through(store)) for store in self.streams)
-        self._run_ahead(self.full, self.streams.full)
+        with ExitStack() as opened:  # what goes wrong on the way to the first halt ends both
+            self.quantized, *self.full = (opened.enter_context(self._through(store)) for store in self.streams)
+            self._run_ahead(self.full, self.streams.full)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *error):

@@ -144,6 +144,18 @@ def test_no_more_weights_are_in_memory_than_those_of_two_stages(model_type, walk
     assert seen["solve"] == stages and loaded_linears(model) == set()
 
 
+def test_an_error_on_the_way_to_the_first_halt_leaves_no_hook(walk, tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no room")
+
+    entered = []
+    monkeypatch.setattr(ptq.streams.BlockForwards, "_run_ahead", lambda self, *_: entered.append(self.model) or fail())
+    with pytest.raises(OSError, match="no room"):
+        walk(tiny("llama"), tmp_path / "out")
+    linears = [entered[0].linear(0, name) for name in entered[0].family.linears]
+    assert not any(linear._forward_pre_hooks for linear in linears)
+
+
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_linear_multiplies_every_token_once_a_stream(model_type, correction, walk, tiny, tmp_path):
