@@ -40,6 +40,16 @@ def bf16_products(wanted: bool):
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
 
 
+def factor(matrix):
+    """A matrix that will be multiplied many times, as products take it: in bf16, rounded once, where they are of such.
+
+    A product of two factors is `(A @ B).float()`, which is then rounded to bf16 itself.
+    """
+    switch = _switch()
+    rounds = matrix.device.type == "cpu" and switch is not None and switch.fp32_precision == "bf16"
+    return matrix.bfloat16() if rounds and matrix.dtype == torch.float32 else matrix
+
+
 def _attention(module, query, key, value, attention_mask, **settings):
     """Transformers' attention by torch's fused kernel, of bf16 factors; where gradients are asked for, it is theirs."""
     factors = query, key, value

@@ -57,9 +57,10 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, drawn, *,
     Raises:
         InputError: Not even the least fits, and the message says how much does; or what trains is not planned here.
     """
-    if spec.trains or spec.refined or model.device.type != "cpu":
+    if spec.trains or spec.refined or spec.weighs_outputs or model.device.type != "cpu":
         raise InputError(
-            "max_memory is for --method gptq and rtn at --effort fast on a CPU; --activation-memory bounds activations"
+            "max_memory is for --method gptq --fisher-tokens 0 and rtn at --effort fast on a CPU: gradients are not"
+            " planned for; --activation-memory bounds activations"
         )
     stages = [[tuple(model.weight(0, name).shape) for name in stage] for stage in model.family.stages]
     for on_disk in (False, True):

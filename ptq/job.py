@@ -211,7 +211,7 @@ def _check_ranks(job: Job):
     if ranks.size == 1:
         return
     if spec.trains or spec.refined:
-        raise InputError(f"{ranks.size} ranks: omniquant and --effort above fast train in one process alone")
+        raise InputError(f"{ranks.size} ranks: omniquant and --effort above fast work in one process alone")
     most = most_ranks(job.streamed, job.drawn and job.drawn.tokens)
     if ranks.size > most:
         raise InputError(f"{ranks.size} ranks: there is work for {most} (a batch of text, 32 outputs of a linear each)")

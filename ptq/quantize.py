@@ -86,8 +86,10 @@ def _add_method(how, defaults):
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
                      help="gptq: fast solves (default); balanced also lets the model write text to\n"
-                     "calibrate on, weighs outputs against each other by gradients, and\n"
-                     "tunes codes and scales; best does more of each")  # fmt: skip
+                     "calibrate on, and tunes codes and scales; best does more of each")  # fmt: skip
+    how.add_argument("--fisher-tokens", type=int, metavar="N",
+                     help="gptq: tokens of text whose gradients weigh a linear's outputs against\n"
+                     f"each other; 0: plain GPTQ (default: {defaults.fisher_tokens}, more with effort)")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
@@ -124,7 +126,7 @@ def _add_run(run):
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--max-memory", metavar="SIZE", type=_bytes,
                      help="plan for this much resident memory, as 4GB or 800MB;\n"
-                     "on a CPU, at --effort fast")  # fmt: skip
+                     "on a CPU, with --fisher-tokens 0 or --method rtn")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
 
@@ -141,7 +143,7 @@ def main(argv=None):
 
 
 def _quantize(args, command, ranks):
-    chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss}
+    chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss, "fisher_tokens": args.fisher_tokens}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})
     spec = QuantSpec(

@@ -54,7 +54,7 @@ class QuantSpec:
         own_tokens: GPTQ: tokens of text that the full-precision model writes itself, to calibrate on beside the given
             ones; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
-            other, drawn several times where there are fewer; 0 weighs all the same and each by itself.
+            other, drawn several times where there are fewer; 0 weighs all the same and each by itself: plain GPTQ.
         tune_epochs: GPTQ: passes in which codes and scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
         tune_drift: How far, in codes, gradients of pure noise would carry the position behind a code then; those that
@@ -90,7 +90,7 @@ class QuantSpec:
     code_lr: float = 2e-2
     scale_lr: float = 1e-2
     own_tokens: int = 0
-    fisher_tokens: int = 0
+    fisher_tokens: int = 1 << 13
     tune_epochs: int = 0
     tune_lr: float = 5e-3
     tune_drift: float = 0.08
@@ -195,8 +195,13 @@ class QuantSpec:
 
     @property
     def refined(self) -> bool:
-        """Whether more than the solver takes part: gradients, or text of the model's own."""
-        return self.own_tokens > 0 or self.fisher_tokens > 0 or self.trained_on
+        """Whether more than the solver takes part: text of the model's own, or tuning."""
+        return self.own_tokens > 0 or self.trained_on
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether gradients weigh a linear's outputs against each other."""
+        return self.method == "gptq" and self.fisher_tokens > 0
 
     @property
     def trained_on(self) -> bool:

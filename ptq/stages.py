@@ -3,6 +3,8 @@
 With several ranks each solves its own outputs and gathers the others'.
 """
 
+from itertools import accumulate
+
 import torch
 
 from calibration.errors import InputError
@@ -109,7 +111,7 @@ class StageSolver:
     def _solve_together(self, i, names, grid, H, cross, outputs, salt):
         """(QuantizedTensor, report entry) by name, of linears that share inputs and grid."""
         weights = [self.model.weight(i, name) for name in names]
-        rows = self._own_rows(sum(map(len, weights)))
+        rows, gather = self._own_rows(sum(map(len, weights)), outputs)
         try:
             solution = gptq(
                 weights, H, self.spec, grid=grid, **cross, outputs=outputs, seed=self.spec.seed + salt, rows=rows,
@@ -117,7 +119,7 @@ class StageSolver:
             )  # fmt: skip
         except InputError as error:
             raise InputError(f"{self.model.stored_name(i, names[0])}: {error}") from None
-        solution, solved, start = solution.gathered(self.ranks.gather), {}, 0
+        solution, solved, start = solution.gathered(gather), {}, 0
         for name, W in zip(names, weights, strict=True):
             rows = slice(start, start := start + W.shape[0])
             energy = float(solution.energy[rows].sum()) or 1.0
@@ -134,7 +136,12 @@ class StageSolver:
             solved[name] = solution.quantized.rows(rows), entry
         return solved
 
-    def _own_rows(self, count):
-        """Which of a stage's outputs this rank solves."""
-        units = self.ranks.share(-(-count // ROWS))
-        return slice(units.start * ROWS, min(units.stop * ROWS, count))
+    def _own_rows(self, count, outputs):
+        """Which of a stage's outputs this rank solves, and what gathers those of all; a run is not divided."""
+        if outputs is None:
+            units = self.ranks.share(-(-count // ROWS))
+            return slice(units.start * ROWS, min(units.stop * ROWS, count)), self.ranks.gather
+        if len(outputs) < self.ranks.size:  # each solves them all
+            return slice(0, count), ALONE.gather
+        ends, own = [0, *accumulate(map(len, outputs))], self.ranks.share(len(outputs))
+        return slice(ends[own.start], ends[own.stop]), self.ranks.gather

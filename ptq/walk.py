@@ -104,7 +104,8 @@ class Walk:
 
     def _open_streams(self, tokens):
         batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(tokens))
-        own, spill = batches[self.ranks.share(len(batches))], self.work.folder / "activations"
+        share, spill = self.ranks.share(len(batches)), self.work.folder / "activations"
+        own, self.first_token = batches[share], sum(batch.numel() for batch in batches[: share.start])
         two = bool(self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0)
         return open_streams(self.model, own, spill, self.budget, two=two, embed=self.embed)
 
@@ -144,14 +145,14 @@ class Walk:
                 if not weights:
                     self._load_stage(i, stage)
                 release_freed()
-                outputs, counts = self.work.fisher(i, s) if self.spec.fisher_tokens else (None, None)
+                counts = self._counts(i, s)
                 hessian = self.stages.hessian(i, stage, cross=streams.full is not None, counts=counts)
                 forwards.sum_inputs(hessian)
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 H, G = self._finalise(i, stage, hessian)
                 release_freed()
-                solved = self.stages.solve(i, stage, H, G, 1000 * i + s, outputs)
+                solved = self.stages.solve(i, stage, H, G, 1000 * i + s, self._weighed_outputs(i, s))
                 self._keep(i, stage, solved, tensors, report)
                 if weights:
                     linears |= dict(zip(stage, solved, strict=True))
@@ -240,6 +241,16 @@ class Walk:
         """A phase that the clock books, with bf16 products if the walk has them."""
         with self.clock.phase(phase), bf16_products(self.bf16):
             yield
+
+    def _counts(self, i, s):
+        """How much each of this rank's tokens counts in a stage's Hessian; None where all count the same."""
+        if self.spec.weighs_outputs:
+            return self.ranks.from_first(lambda: self.work.token_weights(i, s))[self.first_token :]
+
+    def _weighed_outputs(self, i, s):
+        """H_O of a stage's runs of outputs; None where each output is by itself."""
+        if self.spec.weighs_outputs:
+            return self.ranks.from_first(lambda: self.work.fisher(i, s))
 
     def _finalise(self, i, stage, hessian):
         """H, and G, W (G - H) or None."""

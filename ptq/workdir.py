@@ -189,11 +189,14 @@ class WorkFolder:
         parts |= {f"{s}.weight": weight for s, weight in enumerate(weights)}
         self.save_part(_fisher(i), parts, {"runs": [len(runs) for runs in stages]})
 
-    def fisher(self, i: int, stage: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """H_O of a stage's runs of outputs in block i, and its weights of tokens (T,)."""
+    def fisher(self, i: int, stage: int) -> list[torch.Tensor]:
+        """H_O of a stage's runs of outputs in block i."""
         runs = self.part_report(_fisher(i))["runs"][stage]
-        names = [f"{stage}.{run}" for run in range(runs)]
-        return [self.part_tensor(_fisher(i), name) for name in names], self.part_tensor(_fisher(i), f"{stage}.weight")
+        return [self.part_tensor(_fisher(i), f"{stage}.{run}") for run in range(runs)]
+
+    def token_weights(self, i: int, stage: int) -> torch.Tensor:
+        """(T,) how much each of the first tokens counts in the Hessian of a stage of block i."""
+        return self.part_tensor(_fisher(i), f"{stage}.weight")
 
     def tuned_report(self) -> dict | None:
         """The report of tuning; None before it is finished."""

@@ -56,7 +56,7 @@ def _benchmark(args):
             raise InputError(f"--{name} {value} must be at least 1")
     if args.folder is not None and not args.folder.is_dir():
         raise InputError(f"{args.folder}: --folder must be an existing folder")
-    spec = QuantSpec(bits=args.bits, group_size=args.group)
+    spec = QuantSpec(bits=args.bits, group_size=args.group, fisher_tokens=0)  # plain GPTQ, whose floors are known
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="ptq-", dir=args.folder) as scratch:

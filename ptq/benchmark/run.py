@@ -123,7 +123,7 @@ def work_of(streamed: StreamedModel, spec: QuantSpec, samples: int, seqlen: int)
 def _quantize(checkpoint, spec, out, tokens):
     """(its report, seconds, processor seconds) of the command."""
     flags = {"--model": checkpoint.folder, "--bits": spec.bits, "--group": spec.group_size, "--heldout": "none"}
-    flags |= {"--calibration": tokens, "--out": out, "--device": "cpu"}
+    flags |= {"--calibration": tokens, "--out": out, "--device": "cpu", "--fisher-tokens": spec.fisher_tokens}
     arguments = [str(part) for pair in flags.items() for part in pair]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     before = os.times()

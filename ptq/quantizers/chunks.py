@@ -12,7 +12,7 @@ import torch
 ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
 CHUNK = 1 << 20  # weights worked on at once by a thread: a dozen matrices of this size are alive
 AT_ONCE = 1 << 21  # and by all threads
-COUPLED_ROWS, COUPLED_WEIGHTS = 2048, 1 << 22  # of a run whose rows are solved together
+COUPLED_ROWS, COUPLED_WEIGHTS = 2048, CHUNK  # of a run whose rows are solved together
 
 
 def threads_of(device: torch.device) -> int:
@@ -39,13 +39,13 @@ def coupled_cuts(out_features: int, in_features: int) -> list[slice]:
 
 
 def row_chunks(weights, cuts):
-    """fp32 rows of the stacked matrices, run by run."""
+    """fp32 rows of the stacked matrices, run by run; transposed, (I, O)."""
     for cut in cuts:
         chunk, passed = [], 0
         for W in weights:
             chunk.append(W[max(0, cut.start - passed) : max(0, cut.stop - passed)].float())
             passed += len(W)
-        yield torch.cat(chunk)
+        yield torch.cat(chunk).T.contiguous()
 
 
 def over_chunks(function, chunks, clock, threads: int) -> list:

@@ -13,7 +13,8 @@ and all brackets vanish where q_pk = w_pk - sum_{j<k} d_pj M_jk - sum_{o<p} e_ok
 in a column, row by row (YAQA's theorem 1 has the same feedback).
 
 Refinement: coordinate descent with the gradient H D H_O, codes one by one; a span's stored numbers by some rows at a
-time, each to the best value with all others fixed, taken where together they lower the loss.
+time, to the values that are best together with all else fixed, or each by itself where rounding spoils those: taken
+where they lower the loss.
 
 The loops over codes are compiled for a CPU; matrices on a GPU come to it.
 
@@ -24,11 +25,14 @@ import numpy as np
 import torch
 from numba import njit
 
+from calibration.products import factor
 from ptq.grids.compiled import arrays, levels, nearest_code, value_of
 from ptq.quantizers.columns import damped_factor
 from ptq.quantizers.refine import TINY, values
 
-TURNED = 32
+TURNED = 128  # rows whose stored number moves at once
+LOSS_TILE = 512  # columns of D H at once
+ROW_BLOCK = 64  # rows between two matrix products
 FISHER_DAMP = 0.3  # added to H_O, as a share of its mean diagonal
 SMALL = 1e-6
 
@@ -36,16 +40,20 @@ SMALL = 1e-6
 def normalised(HO):
     """H_O (O, O), damped, its mean diagonal 1 before; the identity where no gradient arrived."""
     mean = float(HO.diagonal().mean())
-    eye = torch.eye(len(HO), dtype=HO.dtype, device=HO.device)
-    return HO / mean + FISHER_DAMP * eye if mean > 0 else eye
+    if not mean > 0:
+        return torch.eye(len(HO), dtype=HO.dtype, device=HO.device)
+    HO = HO / mean
+    HO.diagonal().add_(FISHER_DAMP)
+    return HO
 
 
-def quantize_coupled(Wt, U, HO, grid, params, *, column_block=128):
+def quantize_coupled(Wt, visited, U, HO, grid, params, *, column_block=128):
     """Rounds all rows of a matrix, each column's and each row's error made up for by those that follow.
 
     Args:
-        Wt: (I, O) target weights, columns in the order in which they are rounded.
-        U: (I, I) upper triangular factor of the damped Hessian in the same order.
+        Wt: (I, O) target weights.
+        visited: (I,) columns in the order in which they are rounded.
+        U: (I, I) upper triangular factor of the damped Hessian in that order.
         HO: (O, O) from `normalised`; rows are rounded by falling diagonal.
         grid: Gives decode and arithmetic.
         params: FixedParams of the columns in that order.
@@ -56,15 +64,20 @@ def quantize_coupled(Wt, U, HO, grid, params, *, column_block=128):
     """
     order = HO.diagonal().argsort(descending=True, stable=True)
     V, _ = damped_factor(HO.clone(), SMALL, order)
-    N = (V / V.diagonal()).contiguous()
-    Wt, scale, zero = (x[:, order].contiguous() for x in (Wt, params.scale, params.zero))
-    codes, D, diagonal = torch.empty_like(Wt), torch.empty_like(Wt), U.diagonal()
+    N = V.div_(V.diagonal().clone())
+    Wt, scale, zero = (x[:, order].contiguous() for x in (Wt[visited], params.scale, params.zero))
+    codes, D, diagonal = torch.empty_like(Wt), torch.zeros_like(Wt), U.diagonal()
     for start in range(0, len(Wt), column_block):
         block = slice(start, min(start + column_block, len(Wt)))
-        M = U[: block.stop, block] / diagonal[block]
-        known = M[:start].T @ D[:start]
-        given = arrays(known, Wt[block], M[start:].contiguous(), N, codes[block], D[block], scale, zero)
-        _round(*given, np.asarray(params.step[block], np.int64), *levels(grid.arithmetic))
+        M = U[:, block] / diagonal[block]
+        known = M.T @ D  # and zeros, where D is not known yet: oneDNN keeps code and memory for every shape it meets
+        errors, step = torch.zeros_like(known), np.asarray(params.step[block], np.int64)
+        given = arrays(known, Wt[block], M[block].contiguous(), codes[block], D[block], errors, scale, zero)
+        for first in range(0, len(HO), ROW_BLOCK):
+            rows = slice(first, first + ROW_BLOCK)
+            local = arrays(errors @ N[:, rows], N[rows, rows].contiguous())
+            _round(first, *given, *local, step, *levels(grid.arithmetic))
+    del Wt, D, given
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
@@ -85,11 +98,13 @@ def refine_coupled(Wt, H, HO, codes, spans, params, grid, *, rounds, generator):
         generator: Draws the order of spans, of their columns and of rows.
     """
     D = errors(Wt, codes, spans, params, grid)
+    factors = factor(HO), factor(D)
     for _ in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
-            local = _Coupled(Wt, H, HO, codes, D, spans[s])
+            local = _Coupled(Wt, H, HO, codes, D, spans[s], factors)
             local.refit(grid, params[s], generator)
             local.sweep(grid, params[s], generator)
+            factors[1][spans[s].columns] = local.D
 
 
 def errors(Wt, codes, spans, params, grid):
@@ -102,16 +117,20 @@ def errors(Wt, codes, spans, params, grid):
 
 def coupled_loss(D, H, HO):
     """(O,) each row's part of tr(H_O D H D^T); a part may be negative, the sum is not."""
-    return ((H @ D) * (D @ HO)).sum(0)
+    loss, weighed = D.new_zeros(D.shape[1]), D @ HO
+    for rows, part in zip(H.split(LOSS_TILE), weighed.split(LOSS_TILE), strict=True):
+        loss += part.mul_(rows @ D).sum(0)
+    return loss
 
 
 class _Coupled:
     """One span's share of the problem: views of its rows of every matrix, and its gradient H D H_O."""
 
-    def __init__(self, Wt, H, HO, codes, D, span):
+    def __init__(self, Wt, H, HO, codes, D, span, factors=None):
         self.HO, self.span = HO, span
+        self.of_HO, of_D = factors or (factor(HO), factor(D))
         rows = H[span.columns]
-        self.inner, self.gradient = rows[:, span.columns].contiguous(), (rows @ D) @ HO
+        self.inner, self.gradient = rows[:, span.columns].contiguous(), ((factor(rows) @ of_D) @ self.of_HO).float()
         self.target, self.codes, self.D = Wt[span.columns], codes[span.columns], D[span.columns]
 
     def refit(self, grid, numbers, generator):
@@ -122,22 +141,24 @@ class _Coupled:
         torch.sub(values(grid, numbers, self.span, self.codes), self.target, out=self.D)
 
     def _turn(self, knob, generator):
-        direction = knob.direction
-        bent = self.inner[:, knob.columns] @ direction
-        own = (direction * bent[knob.columns]).sum(0).clamp_(min=TINY)
-        best = knob.number.clone()
-        for rows in torch.randperm(len(own), generator=generator).to(own.device).split(TURNED):
-            HO = self.HO[rows]
-            slope = (direction[:, rows] * self.gradient[knob.columns][:, rows]).sum(0)
-            best.copy_(knob.number)
-            best[rows] -= slope / (own[rows] * HO[:, rows].diagonal())
-            change = knob.storable(best)[rows] - knob.number[rows]
-            change = torch.where(change.isnan(), 0, change)
-            moved = bent[:, rows] * change
-            within = (direction[:, rows] * change).T @ moved[knob.columns]
-            if 2 * (slope * change).sum() + (within * HO[:, rows]).sum() < 0:
-                knob.number[rows] += change
-                self.gradient.addmm_(moved, HO)
+        """A knob's numbers, some rows at a time: their curvature together is (direction^T H direction) * H_O."""
+        bent = self.inner[:, knob.columns] @ knob.direction
+        slope = (knob.direction * self.gradient[knob.columns]).sum(0)
+        new, direction, pulled = knob.number.clone(), factor(knob.direction.T), factor(bent[knob.columns])
+        for rows in _runs(len(slope), generator):
+            number, curvature = knob.number[rows], (direction[rows] @ pulled).float().mul_(self.HO[rows])
+            within = curvature[:, rows]
+            within.diagonal().clamp_(min=TINY)
+            joint = torch.linalg.solve_ex(within, slope[rows])[0]
+            for step in (joint, slope[rows] / within.diagonal()):
+                found = knob.storable(number - step)
+                found = torch.where(found.isnan(), number, found)
+                moved = (found - number) @ curvature
+                if (found - number) @ (2 * slope[rows] + moved[rows]) < 0:
+                    new[rows], slope = found, slope.add_(moved)
+                    break
+        self.gradient.add_(factor(bent.mul_(new - knob.number)) @ self.of_HO)
+        knob.number.copy_(new)
 
     def sweep(self, grid, numbers, generator):
         """Coordinate descent over the span's codes, columns in random order."""
@@ -147,25 +168,33 @@ class _Coupled:
         _sweep(*given, np.asarray(self.span.step, np.int64), *levels(grid.arithmetic))
 
 
+def _runs(count, generator):
+    """Rows in runs of TURNED, in random order."""
+    runs = range(0, count, TURNED)
+    for k in torch.randperm(len(runs), generator=generator).tolist():
+        yield slice(runs[k], min(runs[k] + TURNED, count))
+
+
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-def _round(known, Wt, M, N, codes, D, scale, zero, step, kind, top, table, nearest):
-    columns, outputs = Wt.shape
-    fed = np.empty(outputs, np.float32)
+def _round(
+    first, known, Wt, M, codes, D, errors, scale, zero, fed, N, step, kind, top, table, nearest
+):  # fmt: skip
+    """Rounds the rows from `first` on that `fed` (c, r) and N (r, r) are about, in the columns of a block."""
+    columns, rows = fed.shape
     for k in range(columns):
         for j in range(k):
             m = M[j, k]
-            for o in range(outputs):
+            for o in range(first, first + rows):
                 known[k, o] += m * D[j, o]
-        fed[:] = 0
         s = step[k]
-        for o in range(outputs):
-            target = Wt[k, o] - known[k, o] - fed[o]
-            code = nearest_code(target, scale[s, o], zero[s, o], kind, top, table, nearest)
+        for r in range(rows):
+            o = first + r
+            code = nearest_code(Wt[k, o] - known[k, o] - fed[k, r], scale[s, o], zero[s, o], kind, top, table, nearest)
             d = value_of(code, scale[s, o], zero[s, o], kind, table) - Wt[k, o]
-            codes[k, o], D[k, o] = code, d
-            error = known[k, o] + d
-            for p in range(o + 1, outputs):
-                fed[p] += N[o, p] * error
+            codes[k, o], D[k, o], error = code, d, known[k, o] + d
+            errors[k, o] = error
+            for p in range(r + 1, rows):
+                fed[k, p] += N[r, p] * error
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})

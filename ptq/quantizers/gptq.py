@@ -52,7 +52,8 @@ class Solution:
 
     def gathered(self, gather: Callable[..., torch.Tensor]) -> "Solution":
         """All outputs, where each rank has solved some; `gather(tensor, dim)` as Ranks has it."""
-        losses = {name: gather(getattr(self, name)) for name in ("loss", "loss_gptq", "loss_rtn", "energy")}
+        names = ["loss", "loss_gptq", "loss_rtn", "energy"] + ["coupled"] * (self.coupled is not None)
+        losses = {name: gather(getattr(self, name)) for name in names}
         return replace(self, quantized=self.quantized.gathered(gather), **losses)
 
 
@@ -71,7 +72,7 @@ def gptq(
         outputs: H_O (rows, rows) of one run of the stacked matrix's rows after the other, all of them: rows of a run
             are solved together (coupled.py). None where rows are independent.
         seed: Seeds the order of refinement sweeps.
-        rows: A slice of the stacked matrix, to solve no more than that; None for all.
+        rows: A slice of the stacked matrix, to solve no more than that, whole runs where there are; None for all.
         spill: Where memory is short, folder for large H and WG, and G - H while H is factored; fewer rows are solved
             at once then. None keeps all in memory.
         clock: Gets the seconds of factor, target, baseline, scales, columns and refine.
@@ -89,9 +90,12 @@ def gptq(
         WG = RowsOnDisk(WG, spill / "WG.bin")
     stage = _Stage(H, G, spec, grid, I, seed, spill, clock)
     rows, threads = rows or slice(0, sum(map(len, weights))), threads_of(H.device)
-    cuts = row_cuts(rows, I, chunk_size(threads, small=small)) if outputs is None else _runs(outputs)
+    if outputs is None:
+        cuts, couplings = row_cuts(rows, I, chunk_size(threads, small=small)), repeat(None)
+    else:
+        cuts, couplings = zip(*_runs(outputs, rows), strict=True)
     mismatches = repeat(None) if WG is None else (WG[cut] for cut in cuts)
-    chunks = zip(row_chunks(weights, cuts), mismatches, outputs or repeat(None), strict=False)
+    chunks = zip(row_chunks(weights, cuts), mismatches, couplings, strict=False)
     if G is not None and len(stage.H) > rows.stop - rows.start:
         targets = over_chunks(stage.target, chunks, clock, threads)  # takes less memory than G, which has done its work
         stage.mismatch = None
@@ -149,26 +153,27 @@ class _Stage:
             self.U, self.damp_percent = damped_factor(H, spec.damp_percent, self.visited)
         self.H = H
 
-    def target_and_solve(self, clock, W, mismatch, HO):
+    def target_and_solve(self, clock, Wt, mismatch, HO):
         """Both, one after the other."""
-        return self.solve(clock, *self.target(clock, W, mismatch, HO))
+        return self.solve(clock, *self.target(clock, Wt, mismatch, HO))
 
-    def target(self, clock, W, mismatch, HO):
-        """What some rows W (O, I) aim at, (I, O), and the losses of plain rounding and of zeros against it; and H_O.
+    def target(self, clock, Wt, mismatch, HO):
+        """What some rows Wt (I, O) aim at, in their place; H_O; the losses of plain rounding and of zeros.
 
         `mismatch` is W (G - H) of those rows in W's order, where that was summed in place of G.
         """
         if self.layout is not None:
-            W, mismatch = W[:, self.layout], None if mismatch is None else mismatch[:, self.layout]
-        target = Wt = W.T.contiguous()
+            Wt, mismatch = Wt[self.layout], None if mismatch is None else mismatch[:, self.layout]
+        with clock.phase("baseline"):
+            plain = self._plain(Wt)
         if mismatch is not None or self.mismatch is not None:
             with clock.phase("target"):
                 mismatch = Wt.T @ self.mismatch if mismatch is None else mismatch
-                target = self._as_laid_out(target_shift(_columns(mismatch, self.visited), self.U).T)
-                target.mul_(self.spec.correction).add_(Wt)
+                shift = self._as_laid_out(target_shift(_columns(mismatch, self.visited), self.U).T)
+                Wt.add_(shift.mul_(self.spec.correction))
+                del shift
         with clock.phase("baseline"):
-            plain = fit_spans(W, self.span, self.grid.fit_minmax)
-            return target, HO, *self._baseline(Wt, plain, target)
+            return Wt, HO, _loss(plain.sub_(Wt), self.H), _loss(Wt, self.H)
 
     def solve(self, clock, Wt, HO, loss_rtn, energy):
         """The rows of a target, quantized, and losses: refined, before refinement, of plain rounding, of zeros."""
@@ -190,21 +195,26 @@ class _Stage:
         with clock.phase("scales"):
             params = fit_spans(Wt.T, self.span, self.grid.fit, H.diagonal())
         with clock.phase("columns"):
-            given, visited = self._fixed(params), slice(None) if self.visited is None else self.visited.cpu()
+            given, visited = self._fixed(params), torch.arange(len(Wt)) if self.visited is None else self.visited.cpu()
             codes = self._as_laid_out(
-                quantize_coupled(Wt[visited], U, HO, self.grid, given, column_block=self.spec.column_block)
+                quantize_coupled(Wt, visited, U, HO, self.grid, given, column_block=self.spec.column_block)
             )
-        rounded = errors(Wt, codes, self.spans, params, self.grid)
+        lost = [self._lost(D, HO) for D in (Wt, errors(Wt, codes, self.spans, params, self.grid))]
         with clock.phase("refine"):
             refine_coupled(
                 Wt, H, HO, codes, self.spans, params, self.grid,
                 rounds=self.spec.refine_rounds, generator=torch.Generator().manual_seed(self.seed),
             )  # fmt: skip
-        refined = errors(Wt, codes, self.spans, params, self.grid)
-        coupled = torch.stack([coupled_loss(D, H, HO) for D in (refined, rounded, Wt)], 1)
-        losses = _loss(refined, H), _loss(rounded, H), loss_rtn, energy, coupled
+        lost.append(self._lost(errors(Wt, codes, self.spans, params, self.grid), HO))
+        (_, zeros), (loss_gptq, rounded), (loss, refined) = lost
+        losses = loss, loss_gptq, loss_rtn, energy, torch.stack([refined, rounded, zeros], 1)
         params = [tuple(numbers.to(device) for numbers in of_span) for of_span in params]
         return self._tensor(codes.to(device), params), tuple(x.to(device) for x in losses)
+
+    def _lost(self, D, HO):
+        """What errors D (I, O) lose by rows themselves, and coupled."""
+        H = self._on_cpu[0]
+        return _loss(D, H), coupled_loss(D, H, HO)
 
     @cached_property
     def _on_cpu(self):
@@ -265,13 +275,13 @@ class _Stage:
 
         return given
 
-    def _baseline(self, Wt, plain, target):
-        """Losses of plain round-to-nearest on the same grid, and of writing nothing at all, per output."""
-        D = torch.empty_like(Wt)
-        for span, params in zip(self.spans, plain, strict=True):
+    def _plain(self, Wt):
+        """(I, O) of plain rounding to nearest on the same grid."""
+        values = torch.empty_like(Wt)
+        for span, params in zip(self.spans, fit_spans(Wt.T, self.span, self.grid.fit_minmax), strict=True):
             scale, zero = (p[span.step] for p in self.grid.steps(params))
-            D[span.columns] = self.grid.decode(self.grid.encode(Wt[span.columns], scale, zero), scale, zero)
-        return _loss(D.sub_(target), self.H), _loss(target, self.H)
+            values[span.columns] = self.grid.decode(self.grid.encode(Wt[span.columns], scale, zero), scale, zero)
+        return values
 
 
 def _by_activation(diagonal, vector):
@@ -282,10 +292,11 @@ def _by_activation(diagonal, vector):
     return (first[:, None] + torch.arange(vector, device=first.device)).flatten()
 
 
-def _runs(outputs):
-    """The rows that each H_O is about."""
-    stops = list(accumulate(map(len, outputs)))
-    return [slice(stop - len(HO), stop) for HO, stop in zip(outputs, stops, strict=True)]
+def _runs(outputs, rows):
+    """(the rows that it is about, H_O) of those within a slice."""
+    for HO, stop in zip(outputs, accumulate(map(len, outputs)), strict=True):
+        if rows.start <= stop - len(HO) and stop <= rows.stop:
+            yield slice(stop - len(HO), stop), HO
 
 
 def _columns(matrix, order):

@@ -16,11 +16,12 @@ from calibration.errors import InputError
 from calibration.products import bf16_products
 from calibration.store import ActivationStore
 from ptq.clock import Clock
-from ptq.evaluation.stream import LOGIT_ENTRIES, batches_of
+from ptq.evaluation.stream import LOGIT_ENTRIES
 from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
+BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
 
@@ -52,12 +53,13 @@ class FisherPass:
             InputError: A gradient is not finite.
         """
         blocks = range(len(self.model.blocks))
-        wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.fisher_tokens else []
+        wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.weighs_outputs else []
         if all(self.work.has_fisher(i) for i in wanted):
             return
-        rows = max(1, self.spec.fisher_tokens // tokens.shape[1])
+        asked, T = self.spec.fisher_tokens, tokens.shape[1]
+        batches = tokens[: max(1, asked // T)].split(max(1, BATCH_TOKENS // T))
         with self.clock.phase("fisher"), bf16_products(self.bf16):
-            self._measure(batches_of(tokens[:rows]), draws=max(1, self.spec.fisher_tokens // tokens.numel()))
+            self._measure(batches, draws=max(1, asked // tokens.numel()))
 
     def _measure(self, batches, draws):
         entering, states, arguments = self._forward(batches)
@@ -83,7 +85,9 @@ class FisherPass:
             with self.model.block(i) as block:
                 for b, hidden in enumerate(states):
                     entering.append(hidden)
-                    states[b] = run_block(block, hidden.to(self.model.device), arguments[b][i])
+                    states[b] = out = run_block(block, hidden.to(self.model.device), arguments[b][i])
+                    if not bool(torch.isfinite(out).all()):
+                        self._refuse(f"the activations that leave {self.model.block_name(i)}")
         return entering, states, arguments
 
     def _head(self, hidden, generator):
@@ -122,12 +126,17 @@ class FisherPass:
                     store[b] = found[0]
                     self._add(i, b, dict(zip(outputs, found[1:], strict=True)), sums, squares)
         if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in sums for HO in of_stage.values()):
-            raise InputError(
-                f"the gradients in {self.model.block_name(i)} are not finite on the calibration text: --dtype float32"
-                " has the widest range, --effort fast needs none; else the model is damaged at this block or after"
-            )
+            where = "at this block or after; --fisher-tokens 0 does without gradients"
+            self._refuse(f"the gradients in {self.model.block_name(i)}", where)
         weights = [token_weights(torch.cat(list(of_stage.values())).cpu()) for of_stage in squares]
         return [[HO.cpu() for HO in of_stage.values()] for of_stage in sums], weights
+
+    @staticmethod
+    def _refuse(what, where="at this block or before"):
+        raise InputError(
+            f"{what} are not finite on the calibration text: --dtype float32 has the widest range; if they stay so,"
+            f" the model is damaged {where}"
+        )
 
     def _add(self, i, b, gradients, sums, squares):
         """Adds a draw's g g^T of every run of outputs, and g . g of the tokens of batch b."""

@@ -101,7 +101,7 @@ MODELS = {
     "infinity": (set_values("model.norm.weight", torch.inf, 5), "model.norm.weight holds NaN or infinite"),
     "activations that overflow": (
         set_values("model.layers.1.input_layernorm.weight", 1e38),
-        "the inputs of model.layers.1.self_attn.q_proj are not finite",
+        "the activations that leave model.layers.1 are not finite",
     ),
 }
 
@@ -237,7 +237,7 @@ def test_disk_that_fails_before_the_first_block(here, capsys):
 
 
 def test_disk_that_fails_later_keeps_what_is_finished(here, capsys):
-    flags = ["--model", "model", "--calibration", "c.npy", "--out", "out", *QUICK.split()]
+    flags = ["--model", "model", "--calibration", "c.npy", "--out", "out", "--fisher-tokens", "0", *QUICK.split()]
     with largest_file(100_000), pytest.raises(SystemExit) as left:  # a block fits, the whole file does not
         quantize.main(flags)
     assert left.value.code == 2 and not Path("out").exists()

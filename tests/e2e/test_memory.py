@@ -51,7 +51,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path):
 def test_max_memory_is_obeyed_and_changes_nothing(tmp_path):
     model, tokens = tmp_path / "model", token_file(tmp_path / "c.npy", 8, 512, vocab=32000)
     measure([sys.executable, str(REPOSITORY / "tools/random_model.py"), "tinyllama-1.1b", str(model), "--blocks", "1"])
-    flags = ["--model", model, "--calibration", tokens, "--heldout", "none", "--device", "cpu"]
+    flags = ["--model", model, "--calibration", tokens, "--heldout", "none", "--device", "cpu", "--fisher-tokens", "0"]
     refused = run("quantize", *flags, "--max-memory", "0.5GB", "--out", tmp_path / "refused")
     needed = re.fullmatch(r"error: max_memory 0.50 GB is too .* it takes ([0-9.]+) GB\n", refused.stderr)
     assert refused.returncode == 2 and needed

@@ -1,5 +1,7 @@
 """The memory plan against sums done by hand, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import make_tiny
@@ -14,7 +16,7 @@ from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
 
 DRAWN = object()  # some text; the plan asks no more of it
-GPTQ = QuantSpec(bits=4, group_size=32)
+GPTQ = QuantSpec(bits=4, group_size=32, fisher_tokens=0)
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +64,15 @@ def test_perplexity_and_rounding_have_phases_of_their_own(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(method="omniquant", bits=4), QuantSpec(tune_epochs=1), QuantSpec(reconstruct_epochs=1)]
+    "spec",
+    [
+        QuantSpec(),
+        QuantSpec(method="omniquant", bits=4),
+        *(replace(GPTQ, **{epochs: 1}) for epochs in ("tune_epochs", "reconstruct_epochs")),
+    ],
 )
 def test_training_is_not_planned(model, spec):
-    with pytest.raises(InputError, match="--effort fast on a CPU; --activation-memory bounds activations"):
+    with pytest.raises(InputError, match="--fisher-tokens 0 .* --activation-memory bounds activations"):
         plan(model, 10**12, spec)
 
 

@@ -13,9 +13,9 @@ def test_chunks_are_the_rows_of_the_stack():
     weights = [torch.arange(rows * 4.0).view(rows, 4) + 1000 * rows for rows in (70, 3, 50)]
     rows = slice(5, 120)
     chunks = list(row_chunks(weights, row_cuts(rows, 4, 4 * (ROWS + 1))))
-    assert [len(chunk) for chunk in chunks] == [32, 32, 32, 19]
-    assert torch.equal(torch.cat(chunks), torch.cat(weights)[rows])
-    assert len(next(row_chunks(weights, row_cuts(slice(0, 123), 4, 1)))) == ROWS, "a chunk has ROWS rows at least"
+    assert [chunk.shape for chunk in chunks] == [(4, n) for n in (32, 32, 32, 19)]
+    assert torch.equal(torch.cat(chunks, 1).T, torch.cat(weights)[rows])
+    assert next(row_chunks(weights, row_cuts(slice(0, 123), 4, 1))).shape[1] == ROWS, "a chunk has ROWS rows at least"
 
 
 def test_all_threads_together_hold_no_more():

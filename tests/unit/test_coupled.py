@@ -6,6 +6,7 @@ from test_columns import correlated, damped, one_thread, remaining_inverses, sur
 
 import ptq.quantizers.coupled as coupled
 import ptq.quantizers.gptq
+from calibration.ranks import ALONE, Ranks
 from ptq.grids.affine import TERNARY, AffineGrid
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.quantizers import chunks
@@ -22,6 +23,7 @@ from ptq.quantizers.coupled import (
 from ptq.quantizers.gptq import gptq
 from ptq.quantizers.spans import cut_spans, fit_spans
 from ptq.spec import QuantSpec
+from ptq.stages import StageSolver
 
 OUTPUTS, INPUTS, GROUP = 6, 20, 8  # 120 weights; the last group is ragged
 GRIDS = [AffineGrid(bits, sym) for bits, sym in ((1, True), (TERNARY, True), (2, True), (2, False), (4, True))]
@@ -83,7 +85,7 @@ def test_rounding_is_the_surgeons_on_the_kronecker_product(grid, block):
         scale, zero = (torch.stack(p) for p in zip(*(case.numbers(j) for j in range(INPUTS)), strict=True))
         given = FixedParams(scale, zero, columns.tolist())
         U, _ = damped_factor(case.H.float().clone(), 1e-9, columns)
-        codes = quantize_coupled(case.Wt[columns], U, case.HO.float(), grid, given, column_block=block)
+        codes = quantize_coupled(case.Wt, columns, U, case.HO.float(), grid, given, column_block=block)
 
         K = torch.kron(case.H[columns][:, columns], case.HO[rows][:, rows])
         flat = case.W.T[columns][:, rows].reshape(1, -1)
@@ -171,18 +173,18 @@ def test_normalised():
     assert torch.equal(normalised(torch.zeros(2, 2)), torch.eye(2)), "no gradient arrived: rows are independent"
 
 
-def stage(coupling=True, **options):
+def stage(coupling=True, rows=None, **options):
     """A stage of two linears, in runs of 64 and 36 outputs if they are coupled."""
     W, _, H = correlated(0, 100, 64)
     _, _, HO = correlated(1, 2, 100)
     outputs = [HO[:64, :64].float(), HO[64:, 64:].float()]
     spec = QuantSpec(bits=2, group_size=32, refine_rounds=3, **options)
     weights = [W[:40].float(), W[40:].float()]
-    solution = gptq(weights, H.float(), spec, outputs=outputs if coupling else None, seed=1)
+    solution = gptq(weights, H.float(), spec, outputs=outputs if coupling else None, seed=1, rows=rows)
     return W, damped(H, spec.damp_percent), outputs, solution
 
 
-@pytest.mark.parametrize("options", [{}, {"column_order": "natural"}, {"sym": False}])
+@pytest.mark.parametrize("options", [{}, {"column_order": "natural"}, {"desc_act": True}, {"sym": False}])
 def test_a_stage_loses_less_than_rows_by_themselves(options):
     W, H, outputs, solution = stage(**options)
     *_, alone = stage(coupling=False, **options)
@@ -204,6 +206,24 @@ def test_runs_are_solved_alike_by_any_number_of_threads(monkeypatch):
     torch.set_num_threads(1)
     assert torch.equal(found[0].quantized.codes, found[1].quantized.codes)
     assert torch.equal(found[0].quantized.scale, found[1].quantized.scale)
+
+
+def test_ranks_solve_whole_runs():
+    whole, *parts = (stage(rows=rows)[3] for rows in (None, slice(0, 64), slice(64, 100)))
+    for name in ("codes", "scale", "zero"):
+        assert torch.equal(torch.cat([getattr(part.quantized, name) for part in parts]), getattr(whole.quantized, name))
+    gathered = parts[0].gathered(lambda own, dim=0: torch.cat([own, own[:36]], dim))
+    assert len(gathered.coupled) == 100 and torch.equal(torch.cat([part.coupled for part in parts]), whole.coupled)
+
+
+@pytest.mark.parametrize(("size", "shares"), [(1, [(0, 100)]), (2, [(0, 64), (64, 100)]), (3, 3 * [(0, 100)])])
+def test_a_run_is_one_ranks_or_each_ranks(size, shares):
+    outputs = [torch.eye(64), torch.eye(36)]
+    for rank, expected in enumerate(shares):
+        ranks = Ranks(rank, size)
+        rows, gather = StageSolver(None, None, None, None, ranks=ranks)._own_rows(100, outputs)
+        assert (rows.start, rows.stop) == expected
+        assert gather == (ALONE if size == 3 else ranks).gather
 
 
 def test_runs_of_outputs():

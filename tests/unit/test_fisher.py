@@ -7,7 +7,6 @@ import torch
 from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-import ptq.evaluation.stream
 import ptq.tuning.fisher
 from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
@@ -26,7 +25,7 @@ SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=60, refine_rounds=2)  # th
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(ptq.evaluation.stream, "BATCH_TOKENS", 20)  # one row a batch
+    monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 20)  # one row a batch
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
 
 
@@ -80,7 +79,7 @@ def test_gradients_are_the_whole_models(tiny, tmp_path, family, budget):
     for i in range(len(measured.model.blocks)):
         for s, stage in enumerate(measured.model.family.stages):
             g = torch.cat([expected[f"{measured.model.block_name(i)}.{name}"] for name in stage], 1).double()
-            runs, weight = measured.work.fisher(i, s)
+            runs, weight = measured.work.fisher(i, s), measured.work.token_weights(i, s)
             assert sum(map(len, runs)) == g.shape[1] and (len(runs) > 1) == (g.shape[1] > 96)
             start = 0
             for HO in runs:
@@ -97,7 +96,7 @@ def test_fewer_tokens_are_drawn_several_times(tiny, tmp_path):
     measured = Measured(tiny("llama"), tmp_path / "out", spec)
     measured.fisher.run(TOKENS)
     g = whole_model(tiny("llama"), measured, draws=2)["model.layers.0.self_attn.o_proj"].double()
-    (HO,), weight = measured.work.fisher(0, 1)
+    (HO,), weight = measured.work.fisher(0, 1), measured.work.token_weights(0, 1)
     torch.testing.assert_close(HO.double(), g.T @ g, rtol=0, atol=1e-4 * float((g.T @ g).abs().max()))
     squares = g.square().sum(1).float().view(2, -1).sum(0)
     torch.testing.assert_close(weight, token_weights(squares), rtol=1e-3, atol=1e-4)
@@ -122,7 +121,7 @@ def test_an_earlier_pass_counts_and_a_walk_goes_on_to_the_same_bytes(tiny, tmp_p
     whole = Measured(tiny("llama"), tmp_path / "whole")
     whole.fisher.run(TOKENS)
     expected = whole.walk()
-    plain = Measured(tiny("llama"), tmp_path / "plain", QuantSpec(bits=2, group_size=32, refine_rounds=2)).walk()
+    plain = Measured(tiny("llama"), tmp_path / "plain", replace(SPEC, fisher_tokens=0)).walk()
     assert any(not torch.equal(plain[0][name], tensor) for name, tensor in expected[0].items())
 
     killed = Measured(tiny("llama"), tmp_path / "killed")
@@ -138,7 +137,7 @@ def test_an_earlier_pass_counts_and_a_walk_goes_on_to_the_same_bytes(tiny, tmp_p
     killed.work.close()
     resumed = Measured(tiny("llama"), tmp_path / "killed", resume=True)
     resumed.fisher.run(TOKENS)
-    monkeypatch.setattr(FisherPass, "_measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(FisherPass, "_measure", lambda *_, **__: pytest.fail("measured twice"))
     resumed.fisher.run(TOKENS)
     for ours, theirs in zip(resumed.walk(), expected, strict=True):
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
@@ -147,11 +146,11 @@ def test_an_earlier_pass_counts_and_a_walk_goes_on_to_the_same_bytes(tiny, tmp_p
 def test_gradients_that_are_not_finite_are_refused(tiny, tmp_path, monkeypatch):
     measured = Measured(tiny("llama"), tmp_path / "out")
     monkeypatch.setattr(measured.fisher, "_head", lambda hidden, generator: torch.full_like(hidden, torch.inf))
-    with pytest.raises(InputError, match="the gradients in model.layers.1 are not finite .* --effort fast"):
+    with pytest.raises(InputError, match="the gradients in model.layers.1 are not finite .* --fisher-tokens 0"):
         measured.fisher.run(TOKENS)
     assert not measured.work.has_fisher(1)
 
 
 def test_no_tokens_no_pass(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(FisherPass, "_measure", lambda *_: pytest.fail("measured"))
-    Measured(tiny("llama"), tmp_path / "out", QuantSpec()).fisher.run(TOKENS)
+    monkeypatch.setattr(FisherPass, "_measure", lambda *_, **__: pytest.fail("measured"))
+    Measured(tiny("llama"), tmp_path / "out", replace(SPEC, fisher_tokens=0)).fisher.run(TOKENS)

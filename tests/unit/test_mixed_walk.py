@@ -16,7 +16,7 @@ from ptq.streamed import StreamedModel
 from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
-SPEC = QuantSpec(checkpoint_format="gguf", correction=0.0, refine_rounds=1)
+SPEC = QuantSpec(checkpoint_format="gguf", correction=0.0, refine_rounds=1, fisher_tokens=0)
 TOKENS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(0))
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 

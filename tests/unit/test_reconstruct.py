@@ -24,7 +24,7 @@ from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
 SAME = TOKENS[:1].expand(4, -1).contiguous()  # what is held back is what is trained on, so that gains are certain
-SPEC = QuantSpec(bits=2, group_size=32, reconstruct_epochs=4, code_lr=0.05)
+SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=0, reconstruct_epochs=4, code_lr=0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +232,10 @@ def test_effort_on_the_command_line(monkeypatch, capsys):
     assert (gguf.own_tokens, gguf.fisher_tokens) == (best.own_tokens, best.fisher_tokens)
     assert gguf.tune_epochs == best.tune_epochs
     assert best.fisher_tokens > balanced.fisher_tokens > 0 and best.tune_epochs > balanced.tune_epochs > 0
+    assert best.weighs_outputs and QuantSpec().weighs_outputs and not QuantSpec(method="omniquant").weighs_outputs
+    with pytest.raises(SystemExit):
+        quantize.main(["--effort", "balanced", "--fisher-tokens", "0"])
+    assert specs[-1] == replace(balanced, fisher_tokens=0) and not specs[-1].weighs_outputs
     with pytest.raises(SystemExit) as left:
         quantize.main(["--effort", "best", "--method", "rtn"])
     assert left.value.code == 2 and "effort is for method gptq, not rtn" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from ptq.workdir import WorkFolder
 TOKENS = torch.arange(5 * 20).reshape(5, 20) * 7 % 290
 BATCH_TOKENS = 40  # batches of 2, 2 and 1 rows
 MODEL_TYPES = ["llama", "gpt2", "opt", "gemma3_text"]  # separate q, k, v; transposed; flattened; two kinds of mask
-SPEC = QuantSpec(bits=3, group_size=32, refine_rounds=1)
+SPEC = QuantSpec(bits=3, group_size=32, refine_rounds=1, fisher_tokens=0)
 
 
 class Recorded:
@@ -159,7 +160,7 @@ def test_an_error_on_the_way_to_the_first_halt_leaves_no_hook(walk, tiny, tmp_pa
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_linear_multiplies_every_token_once_a_stream(model_type, correction, walk, tiny, tmp_path):
-    spec = QuantSpec(bits=3, group_size=32, refine_rounds=0, correction=correction)
+    spec = replace(SPEC, refine_rounds=0, correction=correction)
     done = walk(tiny(model_type), tmp_path / "out", spec)
     family = done.model.family
     expected = TOKENS.numel() * (2 if correction else 1)
@@ -174,7 +175,11 @@ def test_every_linear_multiplies_every_token_once_a_stream(model_type, correctio
 def test_streams_are_those_of_the_written_model(model_type, correction, walk, tiny, tmp_path):
     """Every input that was summed, and the end of either stream, against whole forwards, bit by bit."""
     folder = tiny(model_type)
-    done = walk(folder, tmp_path / "out", QuantSpec(bits=3, group_size=32, refine_rounds=1, correction=correction))
+    done = walk(
+        folder,
+        tmp_path / "out",
+        replace(SPEC, correction=correction),
+    )
     family = done.model.family
     values = {name: qt.dequantize() for name, qt in done.unpacked.items()}
     assert len(values) == 2 * len(family.linears)
@@ -218,7 +223,7 @@ def test_plain_rounding_needs_no_tokens(walk, tiny, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 def test_spilled_activations_change_nothing(model_type, correction, walk, tiny, tmp_path):
-    spec = QuantSpec(bits=3, group_size=32, refine_rounds=0, correction=correction)
+    spec = replace(SPEC, refine_rounds=0, correction=correction)
     held = walk(tiny(model_type), tmp_path / "held", spec)
     one_batch = 2 * 20 * 64 * 4
     for budget in (1, 4 * one_batch * 2):  # everything to disk; about one batch of each stream in memory
@@ -230,7 +235,7 @@ def test_spilled_activations_change_nothing(model_type, correction, walk, tiny, 
 
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 def test_resuming_repeats_the_run_bit_by_bit(correction, walk, tiny, tmp_path):
-    spec = QuantSpec(bits=3, group_size=32, refine_rounds=1, correction=correction)
+    spec = replace(SPEC, correction=correction)
     folder = tiny("llama", blocks=3)
     whole = walk(folder, tmp_path / "whole", spec)
     assert len(whole.files) == 3
@@ -283,7 +288,7 @@ def test_weights_that_no_fp16_scale_reaches_are_named(method, walk, tiny, tmp_pa
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = -1e6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="model.layers.1.mlp.up_proj holds a weight of 1e.06; .* fp16"):
-        walk(folder, tmp_path / "out", QuantSpec(bits=4, group_size=32, method=method, refine_rounds=0))
+        walk(folder, tmp_path / "out", replace(SPEC, bits=4, method=method, refine_rounds=0))
 
 
 def test_blocks_are_freed(walk, tiny, tmp_path):
