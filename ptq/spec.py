@@ -54,7 +54,7 @@ class QuantSpec:
         own_tokens: GPTQ: tokens of text that the full-precision model writes itself, to calibrate on beside the given
             ones; 0 for none.
         fisher_tokens: GPTQ: calibration tokens whose gradients say how errors of a linear's outputs weigh against each
-            other, drawn several times where there are fewer; 0 weighs all the same and each by itself: plain GPTQ.
+            other, drawn up to four times where there are fewer; 0 weighs all the same and each by itself: plain GPTQ.
         tune_epochs: GPTQ: passes in which codes and scales are tuned against the full-precision model's predictions.
         tune_lr: Learning rate of scales then, relative to the scale.
         tune_drift: How far, in codes, gradients of pure noise would carry the position behind a code then; those that

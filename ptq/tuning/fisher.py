@@ -22,6 +22,7 @@ from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
+MOST_DRAWS = 4  # of a token; more were not better (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
 
@@ -46,8 +47,8 @@ class FisherPass:
         """Measures what the walk will ask for, unless an earlier run did or the spec asks for nothing.
 
         Args:
-            tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used, several times
-                with other draws where there are fewer.
+            tokens: (n_samples, seqlen) calibration tokens; the first fisher_tokens of them are used, up to MOST_DRAWS
+                times with other draws where there are fewer.
 
         Raises:
             InputError: A gradient is not finite.
@@ -59,7 +60,7 @@ class FisherPass:
         asked, T = self.spec.fisher_tokens, tokens.shape[1]
         batches = tokens[: max(1, asked // T)].split(max(1, BATCH_TOKENS // T))
         with self.clock.phase("fisher"), bf16_products(self.bf16):
-            self._measure(batches, draws=max(1, asked // tokens.numel()))
+            self._measure(batches, draws=min(max(1, asked // tokens.numel()), MOST_DRAWS))
 
     def _measure(self, batches, draws):
         entering, states, arguments = self._forward(batches)
