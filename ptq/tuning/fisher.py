@@ -143,9 +143,11 @@ class FisherPass:
         """Adds a draw's g g^T of every run of outputs, and g . g of the tokens of batch b."""
         for stage, of_stage, of_tokens in zip(self.model.family.stages, sums, squares, strict=True):
             g = torch.cat([gradients[name].flatten(0, -2).float() for name in stage], 1)
-            of_tokens[b] = of_tokens.get(b, 0) + g.square().sum(1)
+            of_tokens[b] = of_tokens.get(b, 0) + torch.linalg.vector_norm(g, dim=1).square()
             for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
-                of_stage[run] = of_stage.get(run, 0) + g[:, cut].T @ g[:, cut]
+                if run not in of_stage:
+                    of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
+                of_stage[run].addmm_(g[:, cut].T, g[:, cut])
 
     def _watched(self, i, outputs):
         return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)
