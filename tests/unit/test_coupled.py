@@ -1,5 +1,7 @@
 """The solver under H_O x H against textbook methods on the Kronecker product itself, in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_columns import correlated, damped, one_thread, remaining_inverses, surgeon  # noqa: F401
@@ -76,8 +78,9 @@ class Case:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("block", [7, 128])
-def test_rounding_is_the_surgeons_on_the_kronecker_product(grid, block):
+def test_rounding_is_the_surgeons_on_the_kronecker_product(grid, block, monkeypatch):
     """Weight by weight, column by column and within one by rows of falling H_O: the same codes, ties apart."""
+    monkeypatch.setattr(coupled, "ROW_BLOCK", min(block, 4))
     equal = []
     for seed in range(4):
         case = Case(grid, seed)
@@ -159,6 +162,28 @@ def test_no_step_raises_the_loss(grid, turned, monkeypatch):
                 assert loss() <= last + slack
                 last = loss()
     assert last < 0.9 * first
+
+
+def test_numbers_that_rounding_spoils_stay():
+    """Numbers that only go by whole steps too long to help: none moves, together or by itself."""
+    case = Case(GRIDS[2], 2)
+    case.refine(rounds=3)
+    local, (scale, _) = case.local(0), case.params[0]
+    knob, before = next(iter(case.grid.knobs(case.params[0], local.codes, local.span.step))), scale.clone()
+    coarse = replace(knob, storable=lambda real: torch.where(real < 1e9, 3 * before, real))
+    local._turn(coarse, torch.Generator().manual_seed(0))
+    assert torch.equal(scale, before)
+
+
+def test_factors_made_once_follow_what_turns(monkeypatch):
+    """Copies in place of the matrices, as bf16 products have them: the same result."""
+    found = []
+    for make in (lambda matrix: matrix, lambda matrix: matrix.clone()):
+        monkeypatch.setattr(coupled, "factor", make)
+        case = Case(GRIDS[2], 3)
+        case.refine(rounds=3)
+        found.append(case.codes)
+    assert torch.equal(*found)
 
 
 def test_the_loss_is_that_of_the_kronecker_product():
