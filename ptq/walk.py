@@ -105,7 +105,7 @@ class Walk:
     def _open_streams(self, tokens):
         batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(tokens))
         share, spill = self.ranks.share(len(batches)), self.work.folder / "activations"
-        own, self.first_token = batches[share], sum(batch.numel() for batch in batches[: share.start])
+        own, self._first_token = batches[share], sum(batch.numel() for batch in batches[: share.start])
         two = bool(self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0)
         return open_streams(self.model, own, spill, self.budget, two=two, embed=self.embed)
 
@@ -245,7 +245,7 @@ class Walk:
     def _counts(self, i, s):
         """How much each of this rank's tokens counts in a stage's Hessian; None where all count the same."""
         if self.spec.weighs_outputs:
-            return self.ranks.from_first(lambda: self.work.token_weights(i, s))[self.first_token :]
+            return self.ranks.from_first(lambda: self.work.token_weights(i, s))[self._first_token :]
 
     def _weighed_outputs(self, i, s):
         """H_O of a stage's runs of outputs; None where each output is by itself."""

@@ -71,11 +71,11 @@ def quantize_coupled(Wt, visited, U, HO, grid, params, *, column_block=128):
         block = slice(start, min(start + column_block, len(Wt)))
         M = U[:, block] / diagonal[block]
         known = M.T @ D  # and zeros, where D is not known yet: oneDNN keeps code and memory for every shape it meets
-        errors, step = torch.zeros_like(known), np.asarray(params.step[block], np.int64)
-        given = arrays(known, Wt[block], M[block].contiguous(), codes[block], D[block], errors, scale, zero)
+        brackets, step = torch.zeros_like(known), np.asarray(params.step[block], np.int64)
+        given = arrays(known, Wt[block], M[block].contiguous(), codes[block], D[block], brackets, scale, zero)
         for first in range(0, len(HO), ROW_BLOCK):
             rows = slice(first, first + ROW_BLOCK)
-            local = arrays(errors @ N[:, rows], N[rows, rows].contiguous())
+            local = arrays(brackets @ N[:, rows], N[rows, rows].contiguous())
             _round(first, *given, *local, step, *levels(grid.arithmetic))
     del Wt, D, given
     result = torch.empty_like(codes)
@@ -177,7 +177,7 @@ def _runs(count, generator):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 def _round(
-    first, known, Wt, M, codes, D, errors, scale, zero, fed, N, step, kind, top, table, nearest
+    first, known, Wt, M, codes, D, brackets, scale, zero, fed, N, step, kind, top, table, nearest
 ):  # fmt: skip
     """Rounds the rows from `first` on that `fed` (c, r) and N (r, r) are about, in the columns of a block."""
     columns, rows = fed.shape
@@ -191,10 +191,10 @@ def _round(
             o = first + r
             code = nearest_code(Wt[k, o] - known[k, o] - fed[k, r], scale[s, o], zero[s, o], kind, top, table, nearest)
             d = value_of(code, scale[s, o], zero[s, o], kind, table) - Wt[k, o]
-            codes[k, o], D[k, o], error = code, d, known[k, o] + d
-            errors[k, o] = error
+            codes[k, o], D[k, o], bracket = code, d, known[k, o] + d
+            brackets[k, o] = bracket
             for p in range(r + 1, rows):
-                fed[k, p] += N[r, p] * error
+                fed[k, p] += N[r, p] * bracket
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})

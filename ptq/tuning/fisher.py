@@ -22,7 +22,7 @@ from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
-MOST_DRAWS = 4  # of a token; more were not better (LOG.md)
+MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
 
