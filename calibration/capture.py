@@ -92,13 +92,16 @@ class SuspendedForwards:
         stages: Linears of the block that read the same tensor, in the order in which they run.
         parking: Folder for activations of halted forwards past `budget` bytes; None keeps all in memory.
         budget: Bytes that halted forwards may keep in memory.
+
+    Attributes:
+        most_held: Bytes that they kept at most, or would have without parking; 0 where nothing may be parked.
     """
 
     def __init__(
         self, block, inputs, arguments, stages: Sequence[Sequence[nn.Module]], *, parking: Path | None = None, budget=0
     ):
         self.block, self.inputs, self.arguments = block, inputs, arguments
-        self.parking, self.budget = parking, budget
+        self.parking, self.budget, self.most_held = parking, budget, 0
         self._runs: list[_Run | None] = [None] * len(inputs)
         self._by_greenlet: dict[greenlet, _Run] = {}
         self._hooks = [
@@ -154,9 +157,10 @@ class SuspendedForwards:
             return
         run = self._runs[i]
         storages = run.watcher.storages(run.spared | addresses((*self.block.parameters(), *self.block.buffers())))
-        others = sum(other.held for other in self._runs if other not in (None, run))
-        run.held = sum(storage.nbytes() for storage in storages)
-        if others + run.held > self.budget:
+        others = [other for other in self._runs if other not in (None, run)]
+        run.keeps = run.held = sum(storage.nbytes() for storage in storages)
+        self.most_held = max(self.most_held, sum(other.keeps for other in others) + run.keeps)
+        if sum(other.held for other in others) + run.held > self.budget:
             run.parked, run.held = ParkedStorages(storages, self.parking / f"batch-{i:05d}.bin"), 0
 
     def _forward(self, i):
@@ -185,7 +189,7 @@ class _Run:
         self.reads: torch.Tensor | None = None
         self.parked: ParkedStorages | None = None
         self.spared: set[int] = set()  # storages that belong to others
-        self.held = 0
+        self.keeps = self.held = 0  # bytes, and those of them that are in memory
 
     def unpark(self):
         if self.parked is not None:

@@ -46,9 +46,9 @@ class Hessian:
         folder: Path | None = None,
     ):  # fmt: skip
         self.size, self.tokens, self.weights, self.counts = in_features, 0, weights, counts
-        self.tiles = _tiles(in_features)
+        self.tiles = tiles(in_features)
         self.cross_size = in_features if weights is None else sum(map(len, weights))
-        self.cross_tiles = _tiles(self.cross_size) if cross else []
+        self.cross_tiles = tiles(self.cross_size) if cross else []
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -73,16 +73,14 @@ class Hessian:
             x_full: the same tokens' inputs in the full-precision stream, if `cross`.
         """
         x = x.reshape(-1, x.shape[-1]).float()
-        if self.counts is not None:
-            root = self._next_counts(len(x)).sqrt()[:, None].to(x)
-            x, x_full = x * root, None if x_full is None else x_full.reshape(x.shape).float() * root
+        counted = x if self.counts is None else x * self._next_counts(len(x))[:, None].to(x)
         for tile, total in zip(self.tiles, self.sums, strict=True):
-            self._add_product(total(), x[:, tile].T, x[:, tile.start :])
+            self._add_product(total(), x[:, tile].T, counted[:, tile.start :])
         if self.cross_sums:
             x_full = x_full.reshape(x.shape).float()
             rows = x_full if self.weights is None else self._outputs(x_full - x)
             for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
-                self._add_product(total(), rows[:, tile].T, x)
+                self._add_product(total(), rows[:, tile].T, counted)
         self.tokens += x.shape[0]
 
     def _add_product(self, total, A, B):
@@ -111,9 +109,7 @@ class Hessian:
         H, G = torch.empty(self.size, self.size, device=device), None
         for tile in self.tiles:
             H[tile, tile.start :] = mean(self.sums)
-            square = H[tile, tile]
-            square.copy_(square.triu() + square.triu(1).T)
-            H[tile.stop :, tile] = H[tile, tile.stop :].T
+        mirror(H)
         if self.cross_sums:
             G = torch.empty(self.cross_size, self.size, device=device)
             for tile in self.cross_tiles:
@@ -121,5 +117,15 @@ class Hessian:
         return H, G
 
 
-def _tiles(size):
+def mirror(matrix: torch.Tensor) -> torch.Tensor:
+    """Makes a matrix symmetric in place, whose tiles right of their first diagonal entry are there."""
+    for tile in tiles(len(matrix)):
+        square = matrix[tile, tile]
+        square.copy_(square.triu() + square.triu(1).T)
+        matrix[tile.stop :, tile] = matrix[tile, tile.stop :].T
+    return matrix
+
+
+def tiles(size: int) -> list[slice]:
+    """Rows of a symmetric matrix that are summed together."""
     return [slice(first, min(first + TILE, size)) for first in range(0, size, TILE)]

@@ -2,11 +2,12 @@
 
 Each factor is rounded to 8 bits on its way into the product, an error of 2^-9 of it at most, which is the error of a
 model run in bf16 but for what lies between products: that stays fp32. The two products of attention go by a kernel that
-takes bf16 and sums in fp32 as well. LOG.md has what it does to the result (nothing that is larger than the choice of
-text).
+takes bf16 and sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way
+back is half as fast. LOG.md has what it does to the result (nothing that is larger than the choice of text).
 """
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,18 +27,28 @@ def has_bf16_units() -> bool:
 @contextmanager
 def bf16_products(wanted: bool):
     """Context in which a CPU's fp32 matrix products are of bf16 factors, if wanted."""
-    switch = _switch() if wanted else None
-    if switch is None:
+    if not wanted or _switch() is None:
         yield
         return
-    before, attention = switch.fp32_precision, ALL_ATTENTION_FUNCTIONS["sdpa"]
-    switch.fp32_precision = "bf16"
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    try:
+        with _precision("bf16"):
+            yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+
+
+@contextmanager
+def _precision(wanted):
+    """Context in which fp32 products are formed in another precision, "ieee" or "bf16"."""
+    switch = _switch()
+    before = switch.fp32_precision
+    switch.fp32_precision = wanted
     try:
         yield
     finally:
         switch.fp32_precision = before
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
 
 
 def factor(matrix):
@@ -51,14 +62,34 @@ def factor(matrix):
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, of bf16 factors; where gradients are asked for, it is theirs."""
+    """Transformers' attention by torch's fused kernel, of bf16 factors; in fp32 where gradients are asked for."""
     factors = query, key, value
-    if query.device.type == "cpu" and query.dtype == torch.float32 and not torch.is_grad_enabled():
-        factors = (factor.bfloat16() for factor in factors)
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.bfloat16()
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return sdpa_attention_forward(module, *factors, attention_mask, **settings)
+    if torch.is_grad_enabled():
+        attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **settings)
+        return _Fp32Attention.apply(attend, *factors), None
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.bfloat16()
+    factors = (factor.bfloat16() for factor in factors)
     out, weights = sdpa_attention_forward(module, *factors, attention_mask, **settings)
     return out.to(query.dtype), weights
+
+
+class _Fp32Attention(torch.autograd.Function):
+    """attend(query, key, value) and its gradients, both with products in fp32 whatever is on around them."""
+
+    @staticmethod
+    def forward(ctx, attend, *factors):
+        ctx.factors = [factor.detach().requires_grad_() for factor in factors]
+        with torch.enable_grad(), _precision("ieee"):
+            ctx.out, _ = attend(*ctx.factors)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with _precision("ieee"):
+            return None, *torch.autograd.grad(ctx.out, ctx.factors, gradient, retain_graph=True)
 
 
 def _switch():

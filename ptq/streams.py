@@ -36,12 +36,14 @@ class Streams:
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. Half goes to what lies
             between blocks, half to forwards halted inside one; either half is shared by the two streams.
         spill: Where the rest goes.
+        most_held: What halted forwards of a stream kept at most in the blocks so far, bytes; None before the first.
     """
 
     quantized: ActivationStore
     full: ActivationStore | None
     budget: int | None
     spill: Path
+    most_held: int | None = None
     arguments: list[list[tuple]] = field(default_factory=list)
 
     def __iter__(self):
@@ -55,6 +57,11 @@ class Streams:
     def share(self) -> int | None:
         """Bytes of each stream, between blocks and inside one."""
         return self.budget and self.budget // 4
+
+    @property
+    def may_park(self) -> bool:
+        """Whether halted forwards are watched, to be parked: not where twice what they ever kept has room."""
+        return self.budget is not None and (self.most_held is None or 2 * self.most_held > self.share)
 
 
 def open_streams(
@@ -108,6 +115,8 @@ class BlockForwards:
         return self
 
     def __exit__(self, *error):
+        held = [forwards.most_held for forwards in (self.quantized, *self.full)]
+        self.streams.most_held = max(self.streams.most_held or 0, *held)
         return self._opened.__exit__(*error)
 
     def sum_inputs(self, hessian: Hessian):
@@ -133,7 +142,7 @@ class BlockForwards:
         """One stream's forwards, halting at the stages."""
         model, streams = self.model, self.streams
         modules = [[model.linear(self.i, name) for name in stage] for stage in model.family.stages]
-        parking = None if streams.budget is None else streams.spill / f"halted-{store.name}"
+        parking = streams.spill / f"halted-{store.name}" if streams.may_park else None
         inputs = store.on(model.device)
         return SuspendedForwards(
             model.blocks[self.i], inputs, streams.at(self.i), modules, parking=parking, budget=streams.share

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from calibration.capture import run_block
 from calibration.errors import InputError
+from calibration.hessian import mirror, tiles
 from calibration.products import bf16_products
 from calibration.store import ActivationStore
 from ptq.clock import Clock
@@ -126,11 +127,12 @@ class FisherPass:
                     found = torch.autograd.grad(out, [hidden, *outputs.values()], given, retain_graph=again)
                     store[b] = found[0]
                     self._add(i, b, dict(zip(outputs, found[1:], strict=True)), sums, squares)
-        if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in sums for HO in of_stage.values()):
+        runs = [[mirror(HO).cpu() for HO in of_stage.values()] for of_stage in sums]
+        if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in runs for HO in of_stage):
             where = "at this block or after; --fisher-tokens 0 does without gradients"
             self._refuse(f"the gradients in {self.model.block_name(i)}", where)
         weights = [token_weights(torch.cat(list(of_stage.values())).cpu()) for of_stage in squares]
-        return [[HO.cpu() for HO in of_stage.values()] for of_stage in sums], weights
+        return runs, weights
 
     @staticmethod
     def _refuse(what, where="at this block or before"):
@@ -147,7 +149,8 @@ class FisherPass:
             for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
                 if run not in of_stage:
                     of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
-                of_stage[run].addmm_(g[:, cut].T, g[:, cut])
+                for tile in tiles(cut.stop - cut.start):
+                    of_stage[run][tile, tile.start :].addmm_(g[:, cut][:, tile].T, g[:, cut][:, tile.start :])
 
     def _watched(self, i, outputs):
         return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)

@@ -7,6 +7,7 @@ import torch
 from test_columns import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+import calibration.hessian
 import ptq.tuning.fisher
 from calibration.errors import InputError
 from ptq.checkpoint import open_checkpoint
@@ -27,6 +28,7 @@ SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=60, refine_rounds=2)  # th
 def small_batches(monkeypatch):
     monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 20)  # one row a batch
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
+    monkeypatch.setattr(calibration.hessian, "TILE", 40)  # three of a run's rows
 
 
 class Measured:

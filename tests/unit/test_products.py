@@ -45,7 +45,8 @@ def test_factors_are_rounded_and_sums_are_not():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_rounded_factors(masked):
     """Against exact attention of bf16 factors: its weights are rounded once more, by 2**-9 at most, on their way into
-    the second product, and so is what the kernel gives. With gradients the call goes to transformers as it is."""
+    the second product, and so is what the kernel gives. Where gradients are asked for, it and they are those of fp32,
+    as often as they are asked for."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3))
     module = SimpleNamespace(is_causal=not masked)
@@ -54,12 +55,17 @@ def test_attention_of_rounded_factors(masked):
     q, k, v = (x.bfloat16().double() for x in (query, key, value))
     p = (q @ k.mT / 4 + torch.full((40, 40), -torch.inf, dtype=torch.float64).triu(1)).softmax(-1)
     exact, bound = (p @ v).transpose(1, 2), 3 * 2**-9 * (p @ v.abs()).transpose(1, 2)
+    query, key, value = (x.requires_grad_() for x in (query, key, value))
     plain, _ = before(module, query, key, value, mask)
+    weights = torch.randn(plain.shape, generator=generator)
+    slopes = torch.autograd.grad(plain, (query, key, value), weights)
     with bf16_products(True):
         with torch.no_grad():
             found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
-        trained, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query.requires_grad_(), key, value, mask)
-        assert torch.equal(trained, before(module, query, key, value, mask)[0]) and trained.requires_grad
+        trained, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
+        assert torch.equal(trained, plain)
+        for again in (True, False):
+            assert all(map(torch.equal, torch.autograd.grad(trained, (query, key, value), weights, again), slopes))
     assert found.dtype == torch.float32 and bool(((found.double() - exact).abs() <= bound).all())
     assert not torch.equal(found, plain)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before

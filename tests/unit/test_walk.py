@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.stages
 import ptq.streams
+from calibration.capture import SuspendedForwards
 from calibration.errors import InputError
 from calibration.hessian import Hessian
 from calibration.store import ActivationStore
@@ -231,6 +232,29 @@ def test_spilled_activations_change_nothing(model_type, correction, walk, tiny, 
         assert spilled.spilled > 0 and spilled.files == held.files
         assert all(equal_streams(a, b) for a, b in zip(spilled.streams, held.streams, strict=True))
     assert held.spilled == 0
+
+
+def test_forwards_are_watched_for_parking_until_there_is_room_for_twice_as_much(walk, tiny, tmp_path, monkeypatch):
+    made = []
+
+    class Noted(SuspendedForwards):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(ptq.streams, "SuspendedForwards", Noted)
+
+    def watched(name, budget):
+        made.clear()
+        files = walk(tiny("llama"), tmp_path / name, budget=budget).files
+        return [forwards.parking is not None for forwards in made], files
+
+    first_alone, files = watched("room", 1 << 30)
+    assert first_alone == [True, True, False, False]  # two streams, two blocks
+    most = max(forwards.most_held for forwards in made)
+    assert most > 0 and watched("enough", 4 * 2 * most) == (first_alone, files)
+    assert watched("too little", 4 * (2 * most - 1)) == ([True] * 4, files)
+    assert watched("no limit", None) == ([False] * 4, files)
 
 
 @pytest.mark.parametrize("correction", [0.0, 1.0])
