@@ -118,7 +118,7 @@ class Hessian:
 
 
 def mirror(matrix: torch.Tensor) -> torch.Tensor:
-    """Makes a matrix symmetric in place, whose tiles right of their first diagonal entry are there."""
+    """Makes a square matrix symmetric, in place, of which each of `tiles` is there from its first diagonal entry on."""
     for tile in tiles(len(matrix)):
         square = matrix[tile, tile]
         square.copy_(square.triu() + square.triu(1).T)

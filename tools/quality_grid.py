@@ -2,10 +2,10 @@
 
     python tools/quality_grid.py --model DIR --calibration 'rows.seed{seed}.npy' --evaluation held.npy --out grid.jsonl
 
-A method is what METHODS names: the default, plain GPTQ, rounding to nearest, or an effort. The divergence is that from
-the model's own predictions. Finished cells are skipped, so it can be killed and started again. Every cell runs in a
-process of its own: its seconds are that process's user and system time, imports included, and its memory is its own
-peak.
+A method is what METHODS names: the default (gptq), plain GPTQ, rounding to nearest, OmniQuant or an effort. The
+divergence is that from the full-precision model's predictions. Finished cells are skipped, so it can be killed and
+started again. Every cell runs in a process of its own: its seconds are that process's user and system time, imports
+included, and its memory is its own peak.
 """
 
 import argparse
@@ -22,6 +22,7 @@ METHODS = {
     "gptq": (),
     "plain": ("--fisher-tokens", 0),
     "rtn": ("--method", "rtn"),
+    "omniquant": ("--method", "omniquant"),
     "balanced": ("--effort", "balanced"),
     "best": ("--effort", "best"),
 }

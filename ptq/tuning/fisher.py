@@ -149,8 +149,9 @@ class FisherPass:
             for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
                 if run not in of_stage:
                     of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
-                for tile in tiles(cut.stop - cut.start):
-                    of_stage[run][tile, tile.start :].addmm_(g[:, cut][:, tile].T, g[:, cut][:, tile.start :])
+                own = g[:, cut]
+                for tile in tiles(own.shape[1]):  # half of it, see `mirror`
+                    of_stage[run][tile, tile.start :].addmm_(own[:, tile].T, own[:, tile.start :])
 
     def _watched(self, i, outputs):
         return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)
