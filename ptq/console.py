@@ -1,5 +1,6 @@
 """What the command lines share: one line for a user's mistake, and tables."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ def run_command(command: Callable[[], None], *, interrupted: str = "", ranks: Ra
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    gc.freeze()  # modules: taking them apart at the end would take half a second
     try:
         command()
         ranks.finish()

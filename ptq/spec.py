@@ -26,7 +26,8 @@ class QuantSpec:
         desc_act: Form groups along the activation order, which stores a shuffled g_idx that some runtimes refuse.
         damp_percent: Ridge added to the Hessian, as a fraction of its mean diagonal.
         column_block: Columns whose rounding error is propagated together; changes speed, not the result.
-        refine_rounds: Rounds of refinement after GPTQ: each group its best scale, then its codes one by one.
+        refine_rounds: Rounds of refinement after GPTQ: each group its best scale (every second round alone where
+            outputs are weighed), then its codes one by one.
         correction: Share of the error that arrives from earlier layers which each solve tries to undo, 0 to 1;
             above 0 a second, full-precision stream of activations is carried along.
         checkpoint_format: "gptq" (v1, stores zero-1), "gptq_v2" (stores zero) or "gguf" (llama.cpp's files).

@@ -35,6 +35,7 @@ LOSS_TILE = 512  # columns of D H at once
 ROW_BLOCK = 64  # rows between two matrix products
 FISHER_DAMP = 0.3  # added to H_O, as a share of its mean diagonal
 SMALL = 1e-6
+REFIT_EVERY = 2  # rounds; stored numbers move little between two sweeps, and codes are the cheaper ones
 
 
 def normalised(HO):
@@ -94,15 +95,16 @@ def refine_coupled(Wt, H, HO, codes, spans, params, grid, *, rounds, generator):
         spans: Span list.
         params: Of every span, overwritten.
         grid: Gives steps, decode, arithmetic and knobs.
-        rounds: Passes over all spans.
+        rounds: Passes over all spans, of which every second leaves the stored numbers.
         generator: Draws the order of spans, of their columns and of rows.
     """
     D = errors(Wt, codes, spans, params, grid)
     factors = factor(HO), factor(D)
-    for _ in range(rounds):
+    for k in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
             local = _Coupled(Wt, H, HO, codes, D, spans[s], factors)
-            local.refit(grid, params[s], generator)
+            if k % REFIT_EVERY == 0:
+                local.refit(grid, params[s], generator)
             local.sweep(grid, params[s], generator)
             factors[1][spans[s].columns] = local.D
 

@@ -62,8 +62,10 @@ def inline(figure, name: str, title: str, class_: str = "") -> Markup:
         title: Read out instead of the picture.
         class_: Of the element.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})  # savefig draws it twice
     root = ElementTree.fromstring(text.getvalue())
     _without(root, ("metadata", "style"))
     linked = {found for node in root.iter() for value in node.attrib.values() for found in _LINKED.findall(value)}

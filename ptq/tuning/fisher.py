@@ -23,6 +23,7 @@ from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
+HEAD_TOKENS = 256  # predicted at once, or fewer of a large vocabulary: the heap keeps their logits from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
@@ -98,7 +99,8 @@ class FisherPass:
         The gradient in the logits has the covariance of that of -log p over tokens drawn from p, diag(p) - p p^T, and
         is drawn as sqrt(p) z - p (sqrt(p) . z), z normal: drawn tokens would have heavier tails.
         """
-        shape, step = hidden.shape, max(1, LOGIT_ENTRIES // self.model.config.vocab_size)
+        shape = hidden.shape
+        step = min(HEAD_TOKENS, max(1, LOGIT_ENTRIES // self.model.config.vocab_size))
         hidden = hidden.to(self.model.device).flatten(0, 1)[None]
         gradient = torch.zeros_like(hidden)
         for start in range(0, hidden.shape[1], step):

@@ -175,6 +175,22 @@ def test_numbers_that_rounding_spoils_stay():
     assert torch.equal(scale, before)
 
 
+def test_stored_numbers_turn_in_every_second_round(monkeypatch):
+    """Codes turn in every round, and every span has its turn."""
+    taken = []
+    for step in ("refit", "sweep"):
+        monkeypatch.setattr(coupled._Coupled, step, lambda local, *_, step=step: taken.append((step, local.span)))
+    case = Case(GRIDS[2], 2)
+    case.refine(rounds=3)
+    spans = len(case.spans)
+    both, codes, last = taken[: 2 * spans], taken[2 * spans : 3 * spans], taken[3 * spans :]
+    assert [step for step, _ in both] == ["refit", "sweep"] * spans
+    assert [step for step, _ in codes] == ["sweep"] * spans
+    assert [step for step, _ in last] == ["refit", "sweep"] * spans
+    for of_round in (both[::2], both[1::2], codes):
+        assert sorted(span.columns.start for _, span in of_round) == [span.columns.start for span in case.spans]
+
+
 def test_factors_made_once_follow_what_turns(monkeypatch):
     """Copies in place of the matrices, as bf16 products have them: the same result."""
     found = []

@@ -22,11 +22,13 @@ from ptq.workdir import WorkFolder
 
 TOKENS = torch.arange(4 * 20).reshape(4, 20) * 7 % 290
 SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=60, refine_rounds=2)  # the first three rows
+HEAD_TOKENS = 8  # of a row's twenty
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 20)  # one row a batch
+    monkeypatch.setattr(ptq.tuning.fisher, "HEAD_TOKENS", HEAD_TOKENS)
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
     monkeypatch.setattr(calibration.hessian, "TILE", 40)  # three of a run's rows
 
@@ -57,7 +59,8 @@ def whole_model(folder, measured, draws=1):
         ]
         logits = model(row[None], use_cache=False).logits[0]
         p = logits.detach().softmax(-1)
-        root = torch.randn(p.shape, generator=generator) * p.sqrt()
+        drawn = [torch.randn(some.shape, generator=generator) for some in p.split(HEAD_TOKENS)]
+        root = torch.cat(drawn) * p.sqrt()
         names = [
             f"{measured.model.block_name(i)}.{name}"
             for i in range(len(measured.model.blocks))
