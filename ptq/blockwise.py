@@ -41,15 +41,22 @@ class BlockTraining:
         self.inputs, self.full = streams.quantized.on(model.device), streams.full.on(model.device)
         self.targets, self.transformation = targets if spec.aug_loss else streams.full, None
 
+    def transform(self):
+        """Lays out the transformation, if there is one, and proves its folds, which takes products of fp32.
+
+        Raises:
+            InputError: A fold changes the block's outputs.
+        """
+        if self.spec.let:
+            self.transformation = self._transformation()
+
     def prepare(self):
         """Takes the full-precision stream through the block, and measures plain rounding.
 
         Raises:
-            InputError: The block's outputs are not finite, or a fold changes them.
+            InputError: The block's outputs are not finite.
         """
         ranges = {}
-        if self.spec.let:
-            self.transformation = self._transformation()
         with self._watched(ranges):
             for b, arguments in enumerate(self.arguments):
                 self.streams.full[b] = run_block(self.block, self.full[b], arguments)
@@ -65,8 +72,8 @@ class BlockTraining:
             self.targets.append((run_block(self.block, self.inputs[b], arguments) + self.full[b]) / 2)
         self.error_rtn = self._error(self._rounded(), keep=False)
 
-    def train(self) -> TrainedBlock:
-        """Trains; the block's live weights stay as they are."""
+    def train(self, *, bf16: bool) -> TrainedBlock:
+        """Trains, the block's products in bf16 if wanted; its live weights stay as they are."""
         return omniquant(
             self.block,
             {name: self.model.weight(self.i, name) for name in self.linears},
@@ -76,6 +83,7 @@ class BlockTraining:
             self.spec,
             transformation=self.transformation,
             transposed=self.model.family.transposed,
+            bf16=bf16,
             epochs=tqdm(range(self.spec.epochs), desc=f"block {self.i}", unit="epoch", leave=False, disable=None),
         )
 

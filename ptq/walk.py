@@ -202,9 +202,11 @@ class Walk:
         spill, share = self.work.folder / "activations" / "targets", self.budget and self.budget // 4
         training = BlockTraining(self.model, i, streams, self.spec, ActivationStore(spill, share))
         with self.clock.phase("forward"):
+            training.transform()
+        with self._products("forward"):
             training.prepare()
         with self.clock.phase("solve"):
-            trained = training.train()
+            trained = training.train(bf16=self.bf16)
         tensors, report = {}, {}
         for name, values in trained.changed.items():
             self.model.blocks[i].get_parameter(name).copy_(values)
@@ -212,7 +214,7 @@ class Walk:
         entry = {"stopped": trained.stopped} if trained.stopped else {}
         solved = [(trained.quantized[name], entry) for name in self.model.family.linears]
         self._keep(i, self.model.family.linears, solved, tensors, report)
-        with self.clock.phase("forward"):
+        with self._products("forward"):
             reached = training.advance()
         return tensors, {name: reached | entry for name, entry in report.items()}
 

@@ -10,13 +10,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import ptq.blockwise
+import ptq.quantizers.omniquant.block
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
+from calibration.products import has_bf16_units
 from ptq import QuantSpec, quantize, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.export.gptq_tensors import GptqCodec
 from ptq.quantizers.omniquant.block import omniquant
+from ptq.quantizers.omniquant.transform import Transformation
 from ptq.reload import open_weights
 from ptq.spec import omniquant_recipe
 from ptq.streamed import StreamedModel
@@ -103,10 +106,10 @@ def test_the_mean_target_has_the_gradient_of_both_losses():
 class Walked:
     """A walk with a method that trains: what it saved, and the streams at its end."""
 
-    def __init__(self, folder, out, spec=SPEC, *, resume=False, budget=None, stop_after=None):
+    def __init__(self, folder, out, spec=SPEC, *, resume=False, budget=None, stop_after=None, bf16=False):
         self.model = StreamedModel(open_checkpoint(folder))
         work = WorkFolder(out, {"spec": spec.as_dict()}, resume=resume)
-        walk = Walk(self.model, spec, GptqCodec(2, 32, "gptq"), work, Clock(), budget=budget)
+        walk = Walk(self.model, spec, GptqCodec(2, 32, "gptq"), work, Clock(), budget=budget, bf16=bf16)
         opened = walk._open_streams
         walk._open_streams = lambda tokens: setattr(self, "streams", opened(tokens)) or self.streams
         if stop_after is not None:
@@ -120,6 +123,30 @@ class Walked:
             self.names = [name for i in range(len(self.files)) for name, _, _ in work.layout(i)]
             self.ends = [[x.clone() for x in store] for store in self.streams]
             work.close()
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+def test_blocks_run_in_bf16_and_folds_do_not(tiny, tmp_path, monkeypatch):
+    """A fold's sums are what the file holds, and its proof is of fp32; a block's passes are what takes the time."""
+    switch, seen = torch.backends.mkldnn.matmul, {}
+
+    def note(owner, name):
+        function = getattr(owner, name)
+
+        def noting(*args, **options):
+            seen.setdefault(name, set()).add(switch.fp32_precision)
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    note(Transformation, "fold")
+    note(Transformation, "prove")
+    note(ptq.quantizers.omniquant.block, "run_block")
+    note(torch.Tensor, "backward")
+    before, spec = switch.fp32_precision, replace(SPEC, let=True, let_shift=True)
+    Walked(tiny("llama"), tmp_path / "out", spec, bf16=True)
+    assert seen == {"fold": {before}, "prove": {before}, "run_block": {"bf16"}, "backward": {"bf16"}}
+    assert before != "bf16" and switch.fp32_precision == before
 
 
 def interrupt():
@@ -154,7 +181,8 @@ def test_the_streams_are_those_of_the_written_file(model_type, tiny, tmp_path):
     folder, tokens = tiny(model_type, dtype="bfloat16"), tmp_path / "tokens.npy"
     np.save(tokens, TOKENS.numpy())
     spec = replace(SPEC, epochs=2, let=True, let_shift=True)
-    artefact = quantize_model(folder, spec, out=tmp_path / "out", calibration=str(tokens), heldout=str(tokens))
+    text = {"calibration": str(tokens), "heldout": str(tokens)}
+    artefact = quantize_model(folder, spec, out=tmp_path / "out", dtype="float32", **text)
     walked = Walked(folder, tmp_path / "again", spec)
     weights, plain = open_weights(tmp_path / "out"), open_checkpoint(folder)
     family = walked.model.family

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calibration.capture import run_block
+from calibration.products import bf16_products
 from ptq.grids.affine import AffineGrid
 from ptq.qtensor import QuantizedTensor
 from ptq.quantizers.omniquant.clipping import Clipping, Groups
@@ -47,6 +48,7 @@ def omniquant(
     *,
     transformation: Transformation | None = None,
     transposed: bool = False,
+    bf16: bool = False,
     epochs: Iterable[int] | None = None,
 ) -> TrainedBlock:
     """Quantizes the linears of a block by training their clipping, and its transformation where there is one.
@@ -60,13 +62,15 @@ def omniquant(
         spec: QuantSpec: bits, group_size, sym, epochs, lwc_lr, let_lr, aug_loss.
         transformation: Learnable equivalent transformation, or None for clipping alone.
         transposed: The block's linears hold (I, O) weights.
+        bf16: Form the products of the block's passes in bf16 (calibration/products.py); those of a fold stay as they
+            are, since the file holds their results.
         epochs: range(spec.epochs), perhaps wrapped in a progress bar.
     """
     student = _Student(block, weights, spec, transformation, transposed)
     losses, stopped = [], None
     if spec.epochs:
         epochs = range(spec.epochs) if epochs is None else epochs
-        losses, stopped = _train(student, inputs, targets, arguments, spec, epochs)
+        losses, stopped = _train(student, inputs, targets, arguments, spec, epochs, bf16)
     return TrainedBlock(*student.finish(), losses, stopped)
 
 
@@ -109,7 +113,7 @@ class _Student:
         return weights, changed
 
 
-def _train(student, inputs, targets, arguments, spec, epochs):
+def _train(student, inputs, targets, arguments, spec, epochs, bf16):
     """(mean loss of each epoch, why it stopped or None); leaves the student at its last state, or at its best."""
     groups = student.learned()
     leaves = [leaf for group in groups for leaf in group["params"]]
@@ -120,13 +124,14 @@ def _train(student, inputs, targets, arguments, spec, epochs):
         for step in range(len(inputs)):
             if student.transformation is not None:
                 student.transformation.limit()
-            loss = _loss(student, inputs[step], targets[step], arguments[step], spec)
+            loss = _loss(student, inputs[step], targets[step], arguments[step], spec, bf16)
             value = loss.item()
             if not isfinite(value):
                 _restore(leaves, kept)
                 return losses, f"the loss is {value} at epoch {epoch + 1}, step {step + 1}"
             optimizer.zero_grad()
-            loss.backward()
+            with bf16_products(bf16):
+                loss.backward()
             optimizer.step()
             total += value
         if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
@@ -138,7 +143,7 @@ def _train(student, inputs, targets, arguments, spec, epochs):
     return losses, None
 
 
-def _loss(student, hidden, target, arguments, spec):
+def _loss(student, hidden, target, arguments, spec, bf16):
     """Mean squared error of the block's output.
 
     With aug_loss the original adds a second such term, against the full-precision block on the same quantized inputs.
@@ -148,7 +153,9 @@ def _loss(student, hidden, target, arguments, spec):
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     with torch.enable_grad():
         with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=half):
-            out = run_block(student.block, hidden, arguments, student.rounded())
+            weights = student.rounded()
+            with bf16_products(bf16):
+                out = run_block(student.block, hidden, arguments, weights)
         loss = F.mse_loss(out.float(), target.float())
         return 2 * loss if spec.aug_loss else loss
 
