@@ -144,6 +144,7 @@ class Walk:
             for s, stage in enumerate(stages):
                 if not weights:
                     self._load_stage(i, stage)
+                release_freed()
                 counts = self._counts(i, s)
                 hessian = self.stages.hessian(i, stage, cross=streams.full is not None, counts=counts)
                 forwards.sum_inputs(hessian)
