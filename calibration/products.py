@@ -3,7 +3,8 @@
 Each factor is rounded to 8 bits on its way into the product, an error of 2^-9 of it at most, which is the error of a
 model run in bf16 but for what lies between products: that stays fp32. The two products of attention go by a kernel that
 takes bf16 and sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way
-back is half as fast. LOG.md has what it does to the result (nothing that is larger than the choice of text).
+back is slower in rows of 512 tokens. LOG.md has what it does to the result (nothing that is larger than the choice of
+text).
 """
 
 from contextlib import contextmanager

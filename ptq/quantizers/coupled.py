@@ -35,7 +35,7 @@ LOSS_TILE = 512  # columns of D H at once
 ROW_BLOCK = 64  # rows between two matrix products
 FISHER_DAMP = 0.3  # added to H_O, as a share of its mean diagonal
 SMALL = 1e-6
-REFIT_EVERY = 2  # rounds; stored numbers move little between two sweeps, and codes are the cheaper ones
+REFIT_EVERY = 2  # rounds: a refit takes longer than a sweep, and half as many cost less than draws differ by (LOG.md)
 
 
 def normalised(HO):

@@ -107,7 +107,7 @@ def histogram(low: float, high: float, before: Sequence[int], after: Sequence[in
     axes.grid(axis="y", color=RULE, lw=0.5)
     axes.set_axisbelow(True)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:,.0f}")  # powers of ten would be typeset, which is most of a report's time
+    axes.yaxis.set_major_formatter("{x:,.0f}")  # powers of ten would be typeset, as long as all else
     axes.locator_params(axis="x", nbins=5)
     axes.tick_params(length=2, labelsize=8)
     return inline(figure, name, "weights before and after")

@@ -23,7 +23,7 @@ from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
-HEAD_TOKENS = 256  # predicted at once, or fewer of a large vocabulary: the heap keeps their logits from one to the next
+HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
