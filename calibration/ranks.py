@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from calibration.errors import InputError, RankLost
 
 T = TypeVar("T")
 LOST = "another rank has ended, so all stop"
+PATIENCE = timedelta(days=30)  # rank 0 may take gradients for hours; torch would give up after half an hour of them
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def join_ranks() -> Ranks:
         return ALONE
     store, rank, size = next(dist.rendezvous("env://"))
     signal.signal(signal.SIGTERM, _stop)
-    dist.init_process_group(store=store, rank=rank, world_size=size)
+    dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     return Ranks(rank, size, int(os.environ["LOCAL_RANK"]), store)
 
 

@@ -2,32 +2,37 @@
 
 Resident memory of a walk on a CPU: the program, and the largest of these (fp32; I inputs, O outputs of a stage):
 
-    outside     embedding or head; some rows' logits
+    outside     embedding or head; some rows' logits, and those of gradients more of them
+    block       a block's weights whole and one batch inside it: perplexity, the pass of gradients, resuming
+    gradients   the same with all that a batch leaves for its way back, and the block's H_O twice
     accumulate  weights of the stage and of the one before; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
                 that is summed, W (G - H) (O x I)
     finalise    weights of the stage; H and G or W (G - H) in fp32, beside their sums
     solve       weights of the stage; H, the factor, unless outputs are few G - H, and a copy of one where columns are
-                put in another order; targets, or W (G - H), and codes; some rows
+                put in another order; targets, or W (G - H), and codes; some rows; H_O of the stage, and of the runs
+                that are being solved in several forms
 
 and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
 mapped, H and W (G - H) are read from disk row by row, G - H waits there while H is factored, and fewer rows are solved
-at once. None of it changes a bit of the result.
+at once, unless they are solved together. None of it changes a bit of the result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from calibration.errors import InputError
 from calibration.hessian import TILE, few_rows
-from ptq.evaluation.stream import LOGIT_ENTRIES
-from ptq.quantizers.chunks import ROWS, chunk_size, threads_of
+from ptq.evaluation import stream
+from ptq.quantizers.chunks import ROWS, chunk_size, coupled_cuts, threads_of
 from ptq.quantizers.gptq import large
 from ptq.streamed import StreamedModel
 from ptq.streams import BATCH_TOKENS
+from ptq.tuning import fisher
 
 FP32, FP64 = 4, 8
 LATER = 215 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
+EARLY = 144 << 20  # the same until the walk begins: weights being laid out for products, H_O being added up
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class MemoryPlan:
     sums_on_disk: bool
 
 
-def plan_memory(limit: int, resident: int, model: StreamedModel, spec, drawn, *, measures: bool) -> MemoryPlan:
+def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, windows) -> MemoryPlan:
     """How to stay under a limit.
 
     Args:
@@ -51,45 +56,84 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, drawn, *,
         resident: Bytes that the program takes before the walk.
         model: What is quantized.
         spec: QuantSpec.
-        drawn: Calibration text; None for methods that need none.
-        measures: Whether perplexity is measured.
+        tokens: (n_samples, T) calibration tokens; None for methods that need none.
+        windows: (n, T) tokens that perplexity is measured on; None without.
 
     Raises:
         InputError: Not even the least fits, and the message says how much does; or what trains is not planned here.
     """
-    if spec.trains or spec.refined or spec.weighs_outputs or model.device.type != "cpu":
+    if spec.trains or spec.refined or model.device.type != "cpu":
         raise InputError(
-            "max_memory is for --method gptq --fisher-tokens 0 and rtn at --effort fast on a CPU: gradients are not"
-            " planned for; --activation-memory bounds activations"
+            "max_memory is for --method gptq and rtn at --effort fast on a CPU: training is not planned for;"
+            " --activation-memory bounds activations"
         )
-    stages = [[tuple(model.weight(0, name).shape) for name in stage] for stage in model.family.stages]
     for on_disk in (False, True):
-        phases = [_outside(model, measures), *_phases(model, stages if drawn else [], spec, on_disk)]
-        needed = resident + LATER + max(phases)
+        needed = resident + _most(model, spec, tokens, windows, on_disk)
         if needed <= limit:
             return MemoryPlan(limit - needed, on_disk)
-    raise InputError(f"max_memory {limit / 1e9:.2f} GB is too little for this model: it takes {needed / 1e9:.2f} GB")
+    less = ""
+    if spec.weighs_outputs:
+        plain = resident + _most(model, replace(spec, fisher_tokens=0), tokens, windows, on_disk=True)
+        less = f", with --fisher-tokens 0 {plain / 1e9:.2f} GB" if plain < needed else ""
+    raise InputError(
+        f"max_memory {limit / 1e9:.2f} GB is too little for this model: it takes {needed / 1e9:.2f} GB{less}"
+    )
 
 
-def _phases(model, stages, spec, on_disk):
+def _most(model, spec, tokens, windows, on_disk):
+    """Bytes of the largest phase."""
+    stages = [[tuple(model.weight(0, name).shape) for name in stage] for stage in model.family.stages]
+    block = model.dtype.itemsize * sum(outputs * inputs for stage in stages for outputs, inputs in stage)
+    phases = [FP32 * model.model.get_input_embeddings().weight.numel()]
+    if windows is not None:
+        phases[0] += 3 * FP32 * stream.LOGIT_ENTRIES
+        phases.append(block + _forward(model, stages, max(stream.BATCH_TOKENS, windows.shape[1]), windows.shape[1]))
+    if tokens is not None:
+        batch = max(BATCH_TOKENS, tokens.shape[1]), tokens.shape[1]
+        phases.append(block + _forward(model, stages, *batch))
+        phases += _stages(model, stages, spec, batch, on_disk)
+    most = LATER + max(phases)
+    if tokens is not None and spec.weighs_outputs:
+        most = max(most, EARLY + max(_gradients(model, stages, block, tokens.shape[1])))
+    return most
+
+
+def _stages(model, stages, spec, batch, on_disk):
     before, correction = 0, spec.correction > 0
     for stage in stages:
         O, I = sum(outputs for outputs, _ in stage), stage[0][1]
         weights, cross = model.dtype.itemsize * O * I, correction * I * (O if few_rows(O, I) else I)
-        yield before + weights + _forward(model, stages) + _sums(I, cross, on_disk)
+        yield before + weights + _forward(model, stages, *batch) + _sums(I, cross, on_disk)
         yield weights + _sums(I, cross, on_disk) + on_disk * FP32 * (I * I + cross)
         yield weights + _solve(O, I, spec, on_disk)
         before = weights
 
 
-def _outside(model, measures):
-    embedding = model.model.get_input_embeddings().weight
-    return FP32 * embedding.numel() + measures * 3 * FP32 * LOGIT_ENTRIES
+def _forward(model, stages, tokens, length):
+    """One batch between two halts: the widest linears' inputs and outputs in both streams, scores of its attention."""
+    widest = max(max(shape) for stage in stages for shape in stage)
+    return tokens * model.dtype.itemsize * (5 * widest + 3 * _scores(model, length))
 
 
-def _forward(model, stages):
-    """One batch between two halts: the widest linears' inputs and outputs in both streams."""
-    return 5 * BATCH_TOKENS * model.dtype.itemsize * max(max(shape) for stage in stages for shape in stage)
+def _gradients(model, stages, block, length):
+    """The head with its draws, and a block's way back: what is kept was measured on ten families (LOG.md)."""
+    config, tokens = model.config, max(fisher.BATCH_TOKENS, length)
+    logits = min(fisher.HEAD_TOKENS * config.vocab_size, stream.LOGIT_ENTRIES)
+    yield FP32 * (config.vocab_size * config.hidden_size + 8 * logits + 2 * tokens * config.hidden_size)
+    outputs = sum(outputs for stage in stages for outputs, _ in stage)
+    kept = 12 * config.hidden_size + 3.6 * outputs + 4 * _scores(model, length)
+    runs = (run for stage in stages for run in _runs(sum(outputs for outputs, _ in stage), stage[0][1]))
+    yield block + int(FP32 * tokens * kept) + 2 * FP32 * sum(run**2 for run in runs)
+
+
+def _scores(model, length):
+    """Scores of a token that are held where attention is not fused."""
+    return 0 if model.config._attn_implementation == "sdpa" else model.config.num_attention_heads * length
+
+
+def _runs(O, I):
+    """How many outputs are solved together, run by run."""
+    return [cut.stop - cut.start for cut in coupled_cuts(O, I)]
 
 
 def _sums(I, cross, on_disk):
@@ -104,5 +148,8 @@ def _solve(O, I, spec, on_disk):
     targets = correction * (I > O) * (not (few and on_disk and large(I)))
     rows = targets + 0.5  # codes of a byte, in parts and as a whole
     threads = threads_of(torch.device("cpu"))
-    chunk = max(chunk_size(threads, small=on_disk), ROWS * I)
-    return int(FP32 * (squares * I * I + rows * O * I)) + 12 * FP32 * threads * chunk
+    chunk, together = max(chunk_size(threads, small=on_disk), ROWS * I), 0
+    if spec.weighs_outputs:
+        runs = _runs(O, I)
+        chunk, together = runs[0] * I, sum(run**2 for run in runs) + 5 * threads * runs[0] ** 2
+    return int(FP32 * (squares * I * I + rows * O * I + together)) + 12 * FP32 * threads * chunk

@@ -140,7 +140,7 @@ def open_job(
         calibration = calibration or ("stdlib" if model is None else "c4")
         drawn = _calibrate(tokenizer, streamed, spec, calibration, samples, seqlen)
         text, windows = _heldout(tokenizer, streamed, heldout, calibration, drawn, seqlen)
-    plan = _plan(activation_budget, max_memory, streamed, spec, drawn, measures=windows is not None)
+    plan = _plan(activation_budget, max_memory, streamed, spec, drawn and drawn.tokens, windows)
     bf16 = choose_products(dtype, device)
     job = Job(out, streamed, spec, kind, linears, drawn, text, windows, tokenizer, clock, plan, command, ranks, bf16)
     _check_ranks(job)
@@ -154,13 +154,13 @@ def _open_model(model, trust_remote_code) -> Checkpoint:
     return checkpoint
 
 
-def _plan(activation_budget, max_memory, streamed, spec, drawn, *, measures) -> MemoryPlan:
+def _plan(activation_budget, max_memory, streamed, spec, tokens, windows) -> MemoryPlan:
     budget = default_budget() if activation_budget is None else activation_budget
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
     if max_memory is None:
         return MemoryPlan(budget, sums_on_disk=False)
-    plan = plan_memory(max_memory, resident_memory(), streamed, spec, drawn, measures=measures)
+    plan = plan_memory(max_memory, resident_memory(), streamed, spec, tokens, windows)
     return replace(plan, activations=min(budget, plan.activations))
 
 

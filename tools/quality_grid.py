@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ptq.spec import width
+
 METHODS = {
     "gptq": (),
     "plain": ("--fisher-tokens", 0),
@@ -70,7 +72,7 @@ def main():
     p.add_argument("--evaluation", required=True, help=".npy windows")
     p.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=["gptq", "rtn"])
-    p.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
+    p.add_argument("--bits", nargs="+", type=width, default=[2, 3, 4])
     p.add_argument("--groups", nargs="+", type=int, default=[128, 64, 32])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--grids", nargs="+", choices=["sym", "asym"], default=["sym", "asym"])

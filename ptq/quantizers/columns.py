@@ -50,7 +50,8 @@ def damped_factor(H, damp_percent, order=None):
     """
     diagonal, info = H.diagonal(), torch.empty(0, dtype=torch.int32, device=H.device)
     order = torch.arange(len(H), device=H.device) if order is None else order
-    mean = float(diagonal.mean()) or 1.0  # every input dead: the identity, so plain rounding
+    mean = float(diagonal.contiguous().mean())  # summed in one order, wherever H lies
+    mean = mean or 1.0  # every input dead: the identity, so plain rounding
     added = 0.0
     for _ in range(DAMP_ATTEMPTS):
         diagonal.add_((damp_percent - added) * mean)

@@ -120,8 +120,9 @@ def errors(Wt, codes, spans, params, grid):
 def coupled_loss(D, H, HO):
     """(O,) each row's part of tr(H_O D H D^T); a part may be negative, the sum is not."""
     loss, weighed = D.new_zeros(D.shape[1]), D @ HO
-    for rows, part in zip(H.split(LOSS_TILE), weighed.split(LOSS_TILE), strict=True):
-        loss += part.mul_(rows @ D).sum(0)
+    for start in range(0, len(D), LOSS_TILE):
+        tile = slice(start, start + LOSS_TILE)
+        loss += weighed[tile].mul_(H[tile] @ D).sum(0)
     return loss
 
 

@@ -218,8 +218,8 @@ class _Stage:
 
     @cached_property
     def _on_cpu(self):
-        """H and U for loops that are compiled."""
-        return self.H.cpu(), self.U.cpu()
+        """H and U for loops that are compiled; H where it lies, if that is a disk."""
+        return (self.H if self.H.device.type == "cpu" else self.H.cpu()), self.U.cpu()
 
     def _as_laid_out(self, rows):
         """(I, O) in visiting order, in the layout."""

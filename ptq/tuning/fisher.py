@@ -22,7 +22,7 @@ from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 1024  # a block keeps all that it makes of them for the way back
+BATCH_TOKENS = 512  # a block keeps all that it makes of them for the way back; more would not be faster
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
@@ -65,20 +65,23 @@ class FisherPass:
             self._measure(batches, draws=min(max(1, asked // tokens.numel()), MOST_DRAWS))
 
     def _measure(self, batches, draws):
-        entering, states, arguments = self._forward(batches)
+        share = self.budget and self.budget // (2 + draws)
+        entering, states, arguments = self._forward(batches, share)
         generator = torch.Generator().manual_seed(self.spec.seed)
         with self.model.outside(head=True):
-            gradients = [self._store(f"gradients-{draw}") for draw in range(draws)]
+            gradients = [self._store(f"gradients-{draw}", share) for draw in range(draws)]
             for store in gradients:
                 for hidden in states:
                     store.append(self._head(hidden, generator))
+        del states
         last = len(self.model.blocks) - 1
         for i in tqdm(range(last, -1, -1), desc="gradients", unit="block", disable=None, leave=False):
             self.work.save_fisher(i, *self._backward(i, entering, arguments, gradients))
 
-    def _forward(self, batches):
+    def _forward(self, batches, share):
         """What enters each block, block by block, what leaves the last one, and the blocks' other arguments."""
-        entering, states, arguments, by_rows = self._store("entering"), self._store("states"), [], {}
+        entering, states = self._store("entering", share), self._store("states", share)
+        arguments, by_rows = [], {}
         with self.model.outside(head=False):
             for batch in batches:
                 hidden, of_batch = self.model.embed(batch)
@@ -158,8 +161,8 @@ class FisherPass:
     def _watched(self, i, outputs):
         return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)
 
-    def _store(self, name):
-        return ActivationStore(self.work.folder / "activations" / name, self.budget and self.budget // 3)
+    def _store(self, name, share):
+        return ActivationStore(self.work.folder / "activations" / name, share)
 
 
 def token_weights(squares):

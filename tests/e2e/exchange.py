@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from calibration.errors import InputError
 from calibration.hessian import Hessian
@@ -27,6 +28,7 @@ found = {
     "same_hessian": [torch.equal(*pair) for pair in zip(hessian.finalise(ranks), alone.finalise(), strict=True)],
     "devices": [ranks.device(name) for name in ("cpu", "cuda")],
     "spoke": ranks.speaks(),
+    "patience": dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.days,
 }
 try:
     ranks.device("cuda:0")

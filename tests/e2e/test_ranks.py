@@ -42,6 +42,7 @@ def test_exchanges(tmp_path):
             "columns": [[0, 1, 1], [0, 1, 1]],
             "from_first": [7],
             "same_hessian": [True, True],
+            "patience": 30,
             "refused": "device 'cuda:0' is one GPU for 2 ranks; cuda gives each its own",
         }
 

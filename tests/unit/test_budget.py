@@ -10,12 +10,14 @@ from calibration.errors import InputError
 from ptq import budget
 from ptq.budget import MemoryPlan, plan_memory
 from ptq.checkpoint import open_checkpoint
-from ptq.quantizers import gptq
+from ptq.evaluation import stream
+from ptq.quantizers import chunks, gptq
 from ptq.quantizers.chunks import CHUNK
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
+from ptq.tuning import fisher
 
-DRAWN = object()  # some text; the plan asks no more of it
+TOKENS = torch.zeros(4, 20, dtype=torch.long)
 GPTQ = QuantSpec(bits=4, group_size=32, fisher_tokens=0)
 
 
@@ -34,8 +36,8 @@ def any_matrix_is_large(monkeypatch):
     monkeypatch.setattr(gptq, "LARGE", 0)
 
 
-def plan(model, limit, spec=GPTQ, drawn=DRAWN, resident=10**8, measures=False):
-    return plan_memory(limit, resident, model, spec, drawn, measures=measures)
+def plan(model, limit, spec=GPTQ, tokens=TOKENS, resident=10**8, windows=None):
+    return plan_memory(limit, resident, model, spec, tokens, windows)
 
 
 def needed(model, *, on_disk):
@@ -56,23 +58,66 @@ def test_sums_in_memory_sums_on_disk_refused(model):
 
 
 def test_perplexity_and_rounding_have_phases_of_their_own(model, monkeypatch):
-    monkeypatch.setattr(budget, "LOGIT_ENTRIES", 1 << 24)  # more than the tiny model's solves take
-    logits = 3 * 4 * budget.LOGIT_ENTRIES
+    monkeypatch.setattr(stream, "LOGIT_ENTRIES", 1 << 24)  # more than the tiny model's solves take
+    logits = 3 * 4 * stream.LOGIT_ENTRIES
     outside = 10**8 + budget.LATER + 4 * 300 * 64
-    assert plan(model, 10**9, measures=True).activations == 10**9 - outside - logits
+    assert plan(model, 10**9, windows=TOKENS).activations == 10**9 - outside - logits
     assert plan(model, 10**9, QuantSpec(method="rtn", bits=4, group_size=32), None).activations == 10**9 - outside
+
+
+WEIGHTS = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # of a block of the tiny Llama
+
+
+def test_perplexity_holds_a_block_and_a_batch_of_long_windows(model):
+    rtn, windows = QuantSpec(method="rtn", bits=4, group_size=32), torch.zeros(1, 1 << 17)
+    block = 4 * WEIGHTS + 5 * 4 * (1 << 17) * 128
+    assert plan(model, 10**9, rtn, None, windows=windows).activations == 10**9 - 10**8 - budget.LATER - block
+
+
+def test_attention_that_is_not_fused_holds_its_scores(model, monkeypatch):
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    rtn, windows = QuantSpec(method="rtn", bits=4, group_size=32), torch.zeros(1, 2048)
+    block = 4 * WEIGHTS + 4 * 2048 * (5 * 128 + 3 * 4 * 2048)  # of four heads
+    assert plan(model, 10**9, rtn, None, windows=windows).activations == 10**9 - 10**8 - budget.LATER - block
+
+
+def test_gradients_have_a_phase_of_their_own(model):
+    spec, long = replace(GPTQ, fisher_tokens=8), torch.zeros(1, 1 << 16)
+    kept = 12 * 64 + 3.6 * (128 + 64 + 256 + 64)
+    outputs = 2 * 4 * (128**2 + 64**2 + 256**2 + 64**2)
+    gradients = 10**8 + budget.EARLY + 4 * WEIGHTS + int(4 * (1 << 16) * kept) + outputs
+    assert plan(model, gradients, spec, long) == MemoryPlan(0, False)
+    with pytest.raises(InputError, match=rf"takes {gradients / 1e9:.2f} GB, with --fisher-tokens 0 0.4\d GB$"):
+        plan(model, gradients - 1, spec, long)
+
+
+def test_the_head_has_logits_in_several_forms(model, monkeypatch):
+    monkeypatch.setattr(model.config, "vocab_size", 1 << 18)  # 16 tokens at once
+    head = 4 * (1 << 18) * 64 + 8 * 4 * (1 << 22) + 2 * 4 * fisher.BATCH_TOKENS * 64
+    assert plan(model, 10**9, QuantSpec(bits=4, group_size=32)).activations == 10**9 - 10**8 - budget.EARLY - head
+
+
+def test_outputs_solved_together_hold_their_weights(model, monkeypatch):
+    """The widest stage, gate and up: 64 inputs, 256 outputs, in runs of 128."""
+    monkeypatch.setattr(chunks, "COUPLED_ROWS", 128)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(budget, "EARLY", 0)
+    monkeypatch.setattr(stream, "LOGIT_ENTRIES", 1)
+    monkeypatch.setattr(fisher, "BATCH_TOKENS", 1)
+    together = 2 * 128**2 + 5 * 128**2
+    solve = 4 * 64 * 256 + 4 * (3 * 64**2 + 256 * 64 // 2 + together) + 12 * 4 * 128 * 64
+    assert plan(model, 10**9, replace(GPTQ, fisher_tokens=8)).activations == 10**9 - 10**8 - budget.LATER - solve
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        QuantSpec(),
         QuantSpec(method="omniquant", bits=4),
         *(replace(GPTQ, **{epochs: 1}) for epochs in ("tune_epochs", "reconstruct_epochs")),
     ],
 )
 def test_training_is_not_planned(model, spec):
-    with pytest.raises(InputError, match="--fisher-tokens 0 .* --activation-memory bounds activations"):
+    with pytest.raises(InputError, match="training is not planned for; --activation-memory bounds activations"):
         plan(model, 10**12, spec)
 
 

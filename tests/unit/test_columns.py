@@ -7,6 +7,7 @@ import torch
 
 import ptq.quantizers.columns
 from calibration.errors import InputError
+from calibration.store import SquareOnDisk
 from ptq.grids.affine import AffineGrid
 from ptq.quantizers.columns import DAMP_ATTEMPTS, DAMP_GROWTH, damped_factor, quantize_columns
 
@@ -265,6 +266,16 @@ def test_the_factor_is_of_the_damped_hessian(size, chunk, dtype, monkeypatch):
     # Backward error of Cholesky: below INPUTS * eps * H's largest diagonal entry (Higham, theorem 10.3).
     bound = INPUTS * eps * float(H.diagonal().max())
     torch.testing.assert_close(U @ U.T, H, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hessian_on_disk_has_the_same_factor(tmp_path, seed):
+    """A diagonal inside a matrix and one by itself are added up in different orders if nothing is done about it."""
+    X = torch.randn(1000, 300, generator=torch.Generator().manual_seed(seed))
+    H, order = X.T @ X, torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+    expected, _ = damped_factor(H.clone(), 0.9, order)
+    U, _ = damped_factor(SquareOnDisk(H, tmp_path / "H.bin"), 0.9, order)
+    assert torch.equal(U, expected)
 
 
 def test_damping_grows_until_the_factor_exists():

@@ -271,16 +271,20 @@ def test_threads_change_no_bit(order, monkeypatch):
     assert torch.equal(found[0].loss, found[1].loss)
 
 
+@pytest.mark.parametrize("runs", [None, (64, 46)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, tmp_path, monkeypatch):
+def test_rows_of_a_stage_and_matrices_on_disk_change_no_bit(order, runs, tmp_path, monkeypatch):
     """What several ranks solve and gather, and what --max-memory does, is what one process does."""
     _, X, X_full = streams(10)
     H, G = 2 / len(X) * X.T @ X, 2 / len(X) * X_full.T @ X
     weights = [torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(rows)) for rows in (40, 70)]
     spec = spec_of(order, refine_rounds=2)
-    given = lambda: dict(G=G.float(), seed=3)  # noqa: E731
+    g = torch.randn(200, 64, generator=torch.Generator().manual_seed(2))
+    outputs = runs and [g[:, :run].T @ g[:, :run] for run in runs]
+    given = lambda: dict(G=G.float(), seed=3, outputs=outputs)  # noqa: E731
     whole = gptq(weights, H.float(), spec, **given())
-    parts = [gptq(weights, H.float(), spec, rows=slice(*cut), **given()) for cut in ((0, 32), (32, 64), (64, 110))]
+    cuts = ((0, 64), (64, 110)) if runs else ((0, 32), (32, 64), (64, 110))
+    parts = [gptq(weights, H.float(), spec, rows=slice(*cut), **given()) for cut in cuts]
     monkeypatch.setattr(ptq.quantizers.gptq, "LARGE", 0)
     spilled = gptq(weights, H.float(), spec, spill=tmp_path, **given())
     for name in ("codes", "scale", "zero"):

@@ -50,7 +50,9 @@ LAYERS = {
     "ptq.own_text": ("ptq.clock", "ptq.memory", "ptq.streamed", "ptq.workdir", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
-    "ptq.budget": ("ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "calibration"),
+    "ptq.budget": (
+        "ptq.tuning.fisher", "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "calibration",
+    ),
     "ptq.tuning": (
         "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
         "calibration",
