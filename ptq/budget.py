@@ -32,7 +32,7 @@ from ptq.tuning import fisher
 
 FP32, FP64 = 4, 8
 LATER = 215 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
-EARLY = 144 << 20  # the same until the walk begins; as LATER, measured at the shape of TinyLlama 1.1B
+EARLY = 144 << 20  # the same until the walk begins; both measured at the shape of TinyLlama 1.1B
 
 
 @dataclass(frozen=True)
