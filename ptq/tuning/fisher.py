@@ -22,7 +22,7 @@ from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 512  # a block keeps all that it makes of them for the way back; 1024 are 1 to 4 % faster (LOG.md)
+BATCH_TOKENS = 512  # a block keeps all that it makes of them for the way back; 1024 are up to 16 % faster (LOG.md)
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
