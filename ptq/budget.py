@@ -4,7 +4,7 @@ Resident memory of a walk on a CPU: the program, and the largest of these (fp32;
 
     outside     embedding or head; some rows' logits, and those of gradients more of them
     block       a block's weights whole and one batch inside it: perplexity, the pass of gradients, resuming
-    gradients   the same with all that a batch leaves for its way back, and the block's H_O twice
+    gradients   the same with all that a batch leaves for its way back, and the block's H_O
     accumulate  weights of the stage and of the one before; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
                 that is summed, W (G - H) (O x I)
     finalise    weights of the stage; H and G or W (G - H) in fp32, beside their sums
@@ -117,13 +117,14 @@ def _forward(model, stages, tokens, length):
 
 def _gradients(model, stages, block, length):
     """The head with its draws, and a block's way back: what is kept was measured on ten families (LOG.md)."""
-    config, tokens = model.config, max(fisher.BATCH_TOKENS, length)
+    config = model.config
+    tokens = max(fisher.batch_tokens(config.hidden_size), length)
     logits = min(fisher.HEAD_TOKENS * config.vocab_size, stream.LOGIT_ENTRIES)
-    yield FP32 * (config.vocab_size * config.hidden_size + 8 * logits + 2 * tokens * config.hidden_size)
+    yield FP32 * (config.vocab_size * config.hidden_size + 5 * logits + 2 * tokens * config.hidden_size)
     outputs = sum(outputs for stage in stages for outputs, _ in stage)
-    kept = 12 * config.hidden_size + 3.6 * outputs + 4 * _scores(model, length)
+    kept = 12 * config.hidden_size + 3 * outputs + 4 * _scores(model, length)
     runs = (run for stage in stages for run in _runs(sum(outputs for outputs, _ in stage), stage[0][1]))
-    yield block + int(FP32 * tokens * kept) + 2 * FP32 * sum(run**2 for run in runs)
+    yield block + int(FP32 * tokens * kept) + FP32 * sum(run**2 for run in runs)
 
 
 def _scores(model, length):
@@ -148,8 +149,8 @@ def _solve(O, I, spec, on_disk):
     targets = correction * (I > O) * (not (few and on_disk and large(I)))
     rows = targets + 0.5  # codes of a byte, in parts and as a whole
     threads = threads_of(torch.device("cpu"))
-    chunk, together = max(chunk_size(threads, small=on_disk), ROWS * I), 0
+    chunk, together = 12 * max(chunk_size(threads, small=on_disk), ROWS * I), 0
     if spec.weighs_outputs:
         runs = _runs(O, I)
-        chunk, together = runs[0] * I, sum(run**2 for run in runs) + 5 * threads * runs[0] ** 2
-    return int(FP32 * (squares * I * I + rows * O * I + together)) + 12 * FP32 * threads * chunk
+        chunk, together = 8 * runs[0] * I + 5 * runs[0] ** 2, sum(run**2 for run in runs)
+    return int(FP32 * (squares * I * I + rows * O * I + together + threads * chunk))

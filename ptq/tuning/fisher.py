@@ -8,6 +8,8 @@ each run H_O is a square, between runs it is not asked for.
 Legend: O outputs of a run, T tokens.
 """
 
+from functools import partial
+
 import torch
 from tqdm import tqdm
 
@@ -22,7 +24,8 @@ from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 512  # a block keeps all that it makes of them for the way back; 1024 are up to 16 % faster (LOG.md)
+BATCH_TOKENS = 1024  # a block keeps what it makes of them for the way back, so half as many where it is wide:
+BATCH_ENTRIES = 1 << 20  # of hidden states; in a narrow block small batches are slow (LOG.md)
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
@@ -60,7 +63,7 @@ class FisherPass:
         if all(self.work.has_fisher(i) for i in wanted):
             return
         asked, T = self.spec.fisher_tokens, tokens.shape[1]
-        batches = tokens[: max(1, asked // T)].split(max(1, BATCH_TOKENS // T))
+        batches = tokens[: max(1, asked // T)].split(max(1, batch_tokens(self.model.config.hidden_size) // T))
         with self.clock.phase("fisher"), bf16_products(self.bf16):
             self._measure(batches, draws=min(max(1, asked // tokens.numel()), MOST_DRAWS))
 
@@ -111,9 +114,9 @@ class FisherPass:
             with torch.enable_grad():
                 leaf = hidden[:, some].detach().requires_grad_()
                 logits = self.model.logits(leaf)[0].float()
-            p = logits.softmax(-1)
-            root = torch.randn(p.shape, generator=generator).to(p.device) * p.sqrt()
-            drawn = root - p * root.sum(-1, keepdim=True)
+            p = logits.softmax(-1)  # in place from here on: a vocabulary is wide
+            drawn = torch.randn(p.shape, generator=generator).to(p.device).mul_(p.sqrt())
+            drawn.sub_(p.mul_(drawn.sum(-1, keepdim=True)))
             gradient[:, some] = torch.autograd.grad(logits, leaf, drawn)[0]
         return gradient.view(shape)
 
@@ -123,16 +126,14 @@ class FisherPass:
         sums, squares = [{} for _ in stages], [{} for _ in stages]
         with self.model.block(i) as block:
             for b in range(count):
-                outputs = {}
-                with torch.enable_grad(), self._watched(i, outputs):
+                with torch.enable_grad(), self._watched(i, partial(self._add, i, b, sums, squares)):
                     hidden = entering[i * count + b].to(self.model.device).requires_grad_()
                     out = run_block(block, hidden, arguments[b][i])
                 for store in gradients:
                     given, again = store[b].to(self.model.device), store is not gradients[-1]
-                    found = torch.autograd.grad(out, [hidden, *outputs.values()], given, retain_graph=again)
-                    store[b] = found[0]
-                    self._add(i, b, dict(zip(outputs, found[1:], strict=True)), sums, squares)
-        runs = [[mirror(HO).cpu() for HO in of_stage.values()] for of_stage in sums]
+                    store[b] = torch.autograd.grad(out, hidden, given, retain_graph=again)[0]
+                del out
+        runs = [[mirror(of_stage.pop(run)).cpu() for run in list(of_stage)] for of_stage in sums]
         if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in runs for HO in of_stage):
             where = "at this block or after; --fisher-tokens 0 does without gradients"
             self._refuse(f"the gradients in {self.model.block_name(i)}", where)
@@ -146,23 +147,29 @@ class FisherPass:
             f" the model is damaged {where}"
         )
 
-    def _add(self, i, b, gradients, sums, squares):
-        """Adds a draw's g g^T of every run of outputs, and g . g of the tokens of batch b."""
-        for stage, of_stage, of_tokens in zip(self.model.family.stages, sums, squares, strict=True):
-            g = torch.cat([gradients[name].flatten(0, -2).float() for name in stage], 1)
-            of_tokens[b] = of_tokens.get(b, 0) + torch.linalg.vector_norm(g, dim=1).square()
-            for run, cut in enumerate(coupled_cuts(g.shape[1], self.model.weight(i, stage[0]).shape[1])):
-                if run not in of_stage:
-                    of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
-                own = g[:, cut]
-                for tile in tiles(own.shape[1]):  # half of it, see `mirror`
-                    of_stage[run][tile, tile.start :].addmm_(own[:, tile].T, own[:, tile.start :])
+    def _add(self, i, b, sums, squares, stage, gradients):
+        """Adds a draw's g g^T of every run of a stage's outputs, and g . g of the tokens of batch b."""
+        g = torch.cat([gradients.pop(name).flatten(0, -2).float() for name in self.model.family.stages[stage]], 1)
+        of_stage, of_tokens = sums[stage], squares[stage]
+        of_tokens[b] = of_tokens.get(b, 0) + torch.linalg.vector_norm(g, dim=1).square()
+        inputs = self.model.weight(i, self.model.family.stages[stage][0]).shape[1]
+        for run, cut in enumerate(coupled_cuts(g.shape[1], inputs)):
+            if run not in of_stage:
+                of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
+            own = g[:, cut]
+            for tile in tiles(own.shape[1]):  # half of it, see `mirror`
+                of_stage[run][tile, tile.start :].addmm_(own[:, tile].T, own[:, tile.start :])
 
-    def _watched(self, i, outputs):
-        return _Watched([(name, self.model.linear(i, name)) for name in self.model.family.linears], outputs)
+    def _watched(self, i, take):
+        return _Watched([[(name, self.model.linear(i, name)) for name in s] for s in self.model.family.stages], take)
 
     def _store(self, name, share):
         return ActivationStore(self.work.folder / "activations" / name, share)
+
+
+def batch_tokens(width: int) -> int:
+    """How many tokens go back at once, or a row, through blocks of so wide hidden states."""
+    return min(BATCH_TOKENS, max(BATCH_TOKENS // 2, BATCH_ENTRIES // width))
 
 
 def token_weights(squares):
@@ -174,17 +181,35 @@ def token_weights(squares):
 
 
 class _Watched:
-    """Context in which the outputs of linears are noted by name."""
+    """Context of a forward pass whose way back gives the gradients of linears' outputs, stage by stage.
 
-    def __init__(self, linears, outputs):
-        self.linears, self.outputs = linears, outputs
+    Args:
+        stages: (name, linear) of each linear, by stage.
+        take: Called with the number of a stage and its gradients by name, once on each way back, when all are there;
+            it may take them out.
+    """
+
+    def __init__(self, stages, take):
+        self.stages, self.take = stages, take
 
     def __enter__(self):
         self.hooks = [
-            linear.register_forward_hook(lambda module, args, out, name=name: self.outputs.update({name: out}))
-            for name, linear in self.linears
+            linear.register_forward_hook(partial(self._await, waiting, name, stage, len(linears)))
+            for stage, linears in enumerate(self.stages)
+            for waiting in [{}]
+            for name, linear in linears
         ]
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+
+    def _await(self, waiting, name, stage, count, module, arguments, out):
+        out.register_hook(partial(self._arrive, waiting, name, stage, count))
+
+    def _arrive(self, waiting, name, stage, count, gradient):
+        waiting[name] = gradient
+        if len(waiting) == count:
+            with torch.no_grad():
+                self.take(stage, waiting)
+            waiting.clear()

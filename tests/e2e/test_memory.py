@@ -55,9 +55,9 @@ def test_max_memory_is_obeyed_and_changes_nothing(tmp_path, given):
     flags = ["--model", model, "--calibration", tokens, "--heldout", "none", "--device", "cpu", *given]
     refused = run("quantize", *flags, "--max-memory", "0.5GB", "--out", tmp_path / "refused")
     needed = re.fullmatch(r"error: max_memory 0.50 GB is too .* it takes ([0-9.]+) GB(,.*)?\n", refused.stderr)
-    assert refused.returncode == 2 and needed
+    assert refused.returncode == 2 and needed and float(needed[1]) <= 1
     written = {}
-    for limit in (float(needed[1]) + 0.02, 2.0, None):
+    for limit in (1.0, 2.0, None):
         out = tmp_path / f"out-{limit}"
         wanted = [] if limit is None else ["--max-memory", f"{limit}GB"]
         peak, seconds = measure(command("quantize", *flags, *wanted, "--out", out))

@@ -16,7 +16,7 @@ from ptq.export.gptq_tensors import GptqCodec
 from ptq.quantizers import chunks
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.tuning.fisher import FisherPass, token_weights
+from ptq.tuning.fisher import FisherPass, batch_tokens, token_weights
 from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
@@ -105,6 +105,11 @@ def test_fewer_tokens_are_drawn_several_times(tiny, tmp_path):
     torch.testing.assert_close(HO.double(), g.T @ g, rtol=0, atol=1e-4 * float((g.T @ g).abs().max()))
     squares = g.square().sum(1).float().view(2, -1).sum(0)
     torch.testing.assert_close(weight, token_weights(squares), rtol=1e-3, atol=1e-4)
+
+
+def test_wide_blocks_take_half_as_many_tokens(monkeypatch):
+    monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 1024)
+    assert [batch_tokens(width) for width in (256, 1024, 1365, 2048, 8192)] == [1024, 1024, 768, 512, 512]
 
 
 def test_the_covariance_of_a_draw():
