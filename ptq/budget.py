@@ -27,7 +27,6 @@ from ptq.evaluation import stream
 from ptq.quantizers.chunks import ROWS, chunk_size, coupled_cuts, threads_of
 from ptq.quantizers.gptq import large
 from ptq.streamed import StreamedModel
-from ptq.streams import BATCH_TOKENS
 from ptq.tuning import fisher
 
 FP32, FP64 = 4, 8
@@ -89,7 +88,7 @@ def _most(model, spec, tokens, windows, on_disk):
         phases[0] += 3 * FP32 * stream.LOGIT_ENTRIES
         phases.append(block + _forward(model, stages, max(stream.BATCH_TOKENS, windows.shape[1]), windows.shape[1]))
     if tokens is not None:
-        batch = max(BATCH_TOKENS, tokens.shape[1]), tokens.shape[1]
+        batch = max(model.batch_tokens, tokens.shape[1]), tokens.shape[1]
         phases.append(block + _forward(model, stages, *batch))
         phases += _stages(model, stages, spec, batch, on_disk)
     most = LATER + max(phases)
@@ -117,10 +116,9 @@ def _forward(model, stages, tokens, length):
 
 def _gradients(model, stages, block, length):
     """The head with its draws, and a block's way back: what is kept was measured on ten families (LOG.md)."""
-    config = model.config
-    tokens = max(fisher.batch_tokens(config.hidden_size), length)
+    config, tokens = model.config, max(fisher.batch_tokens(model), length)
     logits = min(fisher.HEAD_TOKENS * config.vocab_size, stream.LOGIT_ENTRIES)
-    yield FP32 * (config.vocab_size * config.hidden_size + 5 * logits + 2 * tokens * config.hidden_size)
+    yield FP32 * (config.vocab_size * config.hidden_size + 4 * logits + 2 * tokens * config.hidden_size)
     outputs = sum(outputs for stage in stages for outputs, _ in stage)
     kept = 12 * config.hidden_size + 3 * outputs + 4 * _scores(model, length)
     runs = (run for stage in stages for run in _runs(sum(outputs for outputs, _ in stage), stage[0][1]))

@@ -22,7 +22,6 @@ from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.streams import BATCH_TOKENS
 from ptq.walk import Walk, most_ranks
 from ptq.workdir import Scratch, WorkFolder, differences
 
@@ -78,7 +77,7 @@ class Job:
             "dtype": str(self.streamed.dtype),
             "products": "bf16" if self.bf16 else "as dtype",
             "device": self.streamed.device.type,
-            "batch_tokens": BATCH_TOKENS,
+            "batch_tokens": self.streamed.batch_tokens,
             "ranks": self.ranks.size,
         }
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-M_MMAP_THRESHOLD = -3  # glibc's number of the option
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers of the options
 LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
+HELD = 64 << 20  # free pages at the heap's end that are kept: without, every large temporary's are new ones
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -35,12 +36,14 @@ def _status(field) -> int:
 
 
 def return_large_blocks() -> None:
-    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed.
+    """Lets every block of LARGE bytes or more go back to the system as soon as it is freed, smaller ones not at once.
 
     glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
     """
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE)
+        library.mallopt(M_TRIM_THRESHOLD, HELD)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
 

@@ -18,6 +18,8 @@ from calibration.errors import InputError
 from ptq.families import family_of
 
 STORED_DTYPES = ("F64", "F32", "BF16", "F16")
+BATCH_TOKENS = 1024  # in a wide block; bounds what a forward makes on its way
+BATCH_ENTRIES = 1 << 20  # of hidden states in a narrow one, where small batches are slow
 
 
 class StreamedModel:
@@ -56,6 +58,11 @@ class StreamedModel:
     def block_name(self, i: int) -> str:
         """Dotted name of block i."""
         return f"{self.family.blocks}.{i}"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that go through a block at once; decides last bits, since sums run over batches."""
+        return min(2 * BATCH_TOKENS, max(BATCH_TOKENS, BATCH_ENTRIES // self.config.hidden_size))
 
     @contextmanager
     def block(self, i: int, *, linears: bool = True) -> Iterator[nn.Module]:

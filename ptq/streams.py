@@ -17,12 +17,10 @@ from calibration.hessian import Hessian
 from calibration.store import ActivationStore
 from ptq.streamed import StreamedModel
 
-BATCH_TOKENS = 1024  # bounds what a forward makes on its way; decides the last bits, since sums run over batches
 
-
-def rows_of_batch(tokens: torch.Tensor) -> int:
+def rows_of_batch(model: StreamedModel, tokens: torch.Tensor) -> int:
     """How many rows of tokens (n_samples, seqlen) a forward takes at once."""
-    return max(1, BATCH_TOKENS // tokens.shape[1])
+    return max(1, model.batch_tokens // tokens.shape[1])
 
 
 @dataclass

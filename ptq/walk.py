@@ -35,7 +35,7 @@ from ptq.workdir import Scratch, WorkFolder
 def most_ranks(model: StreamedModel, tokens) -> int:
     """How many ranks find work: a batch of tokens (n_samples, seqlen) each, and ROWS outputs of every stage."""
     outputs = [sum(len(model.weight(0, name)) for name in stage) for stage in model.family.stages]
-    batches = [] if tokens is None else [-(-len(tokens) // rows_of_batch(tokens))]
+    batches = [] if tokens is None else [-(-len(tokens) // rows_of_batch(model, tokens))]
     return min(batches + [-(-count // ROWS) for count in outputs])
 
 
@@ -103,7 +103,7 @@ class Walk:
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
     def _open_streams(self, tokens):
-        batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(tokens))
+        batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(self.model, tokens))
         share, spill = self.ranks.share(len(batches)), self.work.folder / "activations"
         own, self._first_token = batches[share], sum(batch.numel() for batch in batches[: share.start])
         two = bool(self.spec.trains or self.spec.reconstruct_epochs or self.spec.correction > 0)

@@ -24,8 +24,6 @@ from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
 
-BATCH_TOKENS = 1024  # a block keeps what it makes of them for the way back, so half as many where it is wide:
-BATCH_ENTRIES = 1 << 20  # of hidden states; in a narrow block small batches are slow (LOG.md)
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
@@ -63,7 +61,7 @@ class FisherPass:
         if all(self.work.has_fisher(i) for i in wanted):
             return
         asked, T = self.spec.fisher_tokens, tokens.shape[1]
-        batches = tokens[: max(1, asked // T)].split(max(1, batch_tokens(self.model.config.hidden_size) // T))
+        batches = tokens[: max(1, asked // T)].split(max(1, batch_tokens(self.model) // T))
         with self.clock.phase("fisher"), bf16_products(self.bf16):
             self._measure(batches, draws=min(max(1, asked // tokens.numel()), MOST_DRAWS))
 
@@ -103,19 +101,20 @@ class FisherPass:
         """A draw of the gradient to hidden (rows, T, D) of what each prediction loses.
 
         The gradient in the logits has the covariance of that of -log p over tokens drawn from p, diag(p) - p p^T, and
-        is drawn as sqrt(p) z - p (sqrt(p) . z), z normal: drawn tokens would have heavier tails.
+        is drawn as sqrt(p) z - p (sqrt(p) . z), z random signs: drawn tokens would have heavier tails.
         """
-        shape = hidden.shape
-        step = min(HEAD_TOKENS, max(1, LOGIT_ENTRIES // self.model.config.vocab_size))
+        shape, vocabulary = hidden.shape, self.model.config.vocab_size
         hidden = hidden.to(self.model.device).flatten(0, 1)[None]
-        gradient = torch.zeros_like(hidden)
+        gradient, step = torch.zeros_like(hidden), min(HEAD_TOKENS, max(1, LOGIT_ENTRIES // vocabulary))
+        kept = [torch.empty(step, vocabulary, device=hidden.device) for _ in range(2)]  # new pages are slow to get
         for start in range(0, hidden.shape[1], step):
             some = slice(start, start + step)
             with torch.enable_grad():
                 leaf = hidden[:, some].detach().requires_grad_()
                 logits = self.model.logits(leaf)[0].float()
-            p = logits.softmax(-1)  # in place from here on: a vocabulary is wide
-            drawn = torch.randn(p.shape, generator=generator).to(p.device).mul_(p.sqrt())
+            p, drawn = (of_step[: len(logits)] for of_step in kept)
+            torch.sqrt(torch.softmax(logits, -1, out=p), out=drawn)
+            flip_signs(drawn, generator)
             drawn.sub_(p.mul_(drawn.sum(-1, keepdim=True)))
             gradient[:, some] = torch.autograd.grad(logits, leaf, drawn)[0]
         return gradient.view(shape)
@@ -167,9 +166,18 @@ class FisherPass:
         return ActivationStore(self.work.folder / "activations" / name, share)
 
 
-def batch_tokens(width: int) -> int:
-    """How many tokens go back at once, or a row, through blocks of so wide hidden states."""
-    return min(BATCH_TOKENS, max(BATCH_TOKENS // 2, BATCH_ENTRIES // width))
+def batch_tokens(model: StreamedModel) -> int:
+    """How many tokens go back at once, or a row: half of a forward's, since a block keeps what it makes of them."""
+    return model.batch_tokens // 2
+
+
+def flip_signs(numbers: torch.Tensor, generator: torch.Generator):
+    """Turns the sign of each of (T, V) fp32 numbers with a probability of one half, in place."""
+    T, V = numbers.shape
+    words = torch.empty(T, -(-V // 32), dtype=torch.int32).random_(-(2**31), 2**31, generator=generator)
+    words = words.to(numbers.device)
+    for bit, some in enumerate(numbers.view(torch.int32).split(words.shape[1], 1)):
+        some.bitwise_xor_((words[:, : some.shape[1]] << bit).bitwise_and_(-(2**31)))
 
 
 def token_weights(squares):

@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     """Flags of a run on a tiny model, and the files that one process writes."""
     folder = tmp_path_factory.mktemp("ranks")
     make_tiny("llama", folder / "model", blocks=BLOCKS)
-    text = token_file(folder / "c.npy", 40, 128)  # five batches
+    text = token_file(folder / "c.npy", 40, 128)  # three batches
     flags = ["--model", folder / "model", "--calibration", text, "--heldout", "none", "--bits", 3, "--group", 32]
     quantize.main([str(flag) for flag in (*flags, "--out", folder / "alone")])
     return flags, hashes(folder / "alone")

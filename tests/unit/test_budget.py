@@ -15,7 +15,6 @@ from ptq.quantizers import chunks, gptq
 from ptq.quantizers.chunks import CHUNK
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.tuning import fisher
 
 TOKENS = torch.zeros(4, 20, dtype=torch.long)
 GPTQ = QuantSpec(bits=4, group_size=32, fisher_tokens=0)
@@ -93,17 +92,16 @@ def test_gradients_have_a_phase_of_their_own(model):
 
 def test_the_head_has_logits_in_several_forms(model, monkeypatch):
     monkeypatch.setattr(model.config, "vocab_size", 1 << 18)  # 16 tokens at once
-    head = 4 * (1 << 18) * 64 + 5 * 4 * (1 << 22) + 2 * 4 * fisher.BATCH_TOKENS * 64
+    head = 4 * (1 << 18) * 64 + 4 * 4 * (1 << 22) + 2 * 4 * 1024 * 64
     assert plan(model, 10**9, QuantSpec(bits=4, group_size=32)).activations == 10**9 - 10**8 - budget.EARLY - head
 
 
 def test_outputs_solved_together_hold_their_weights(model, monkeypatch):
     """The widest stage, gate and up: 64 inputs, 256 outputs, in runs of 128."""
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 128)
-    monkeypatch.setattr(budget, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(StreamedModel, "batch_tokens", 1)
     monkeypatch.setattr(budget, "EARLY", 0)
     monkeypatch.setattr(stream, "LOGIT_ENTRIES", 1)
-    monkeypatch.setattr(fisher, "BATCH_TOKENS", 1)
     together = 2 * 128**2 + 5 * 128**2
     solve = 4 * 64 * 256 + 4 * (3 * 64**2 + 256 * 64 // 2 + together) + 8 * 4 * 128 * 64
     assert plan(model, 10**9, replace(GPTQ, fisher_tokens=8)).activations == 10**9 - 10**8 - budget.LATER - solve

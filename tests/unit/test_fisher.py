@@ -16,7 +16,7 @@ from ptq.export.gptq_tensors import GptqCodec
 from ptq.quantizers import chunks
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
-from ptq.tuning.fisher import FisherPass, batch_tokens, token_weights
+from ptq.tuning.fisher import FisherPass, flip_signs, token_weights
 from ptq.walk import Walk
 from ptq.workdir import WorkFolder
 
@@ -27,7 +27,7 @@ HEAD_TOKENS = 8  # of a row's twenty
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 20)  # one row a batch
+    monkeypatch.setattr(StreamedModel, "batch_tokens", 40)  # one row of 20 tokens on the way back
     monkeypatch.setattr(ptq.tuning.fisher, "HEAD_TOKENS", HEAD_TOKENS)
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
     monkeypatch.setattr(calibration.hessian, "TILE", 40)  # three of a run's rows
@@ -59,8 +59,7 @@ def whole_model(folder, measured, draws=1):
         ]
         logits = model(row[None], use_cache=False).logits[0]
         p = logits.detach().softmax(-1)
-        drawn = [torch.randn(some.shape, generator=generator) for some in p.split(HEAD_TOKENS)]
-        root = torch.cat(drawn) * p.sqrt()
+        root = torch.cat([signs(some.shape, generator) for some in p.split(HEAD_TOKENS)]) * p.sqrt()
         names = [
             f"{measured.model.block_name(i)}.{name}"
             for i in range(len(measured.model.blocks))
@@ -72,6 +71,13 @@ def whole_model(folder, measured, draws=1):
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def signs(shape, generator):
+    """A bit for each: a row's words give their highest bits to its first columns, then the next ones."""
+    words = torch.empty(shape[0], -(-shape[1] // 32), dtype=torch.int32).random_(-(2**31), 2**31, generator=generator)
+    column = torch.arange(shape[1])
+    return 1 - 2.0 * ((words[:, column % words.shape[1]] >> (31 - column // words.shape[1])) & 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
@@ -107,16 +113,19 @@ def test_fewer_tokens_are_drawn_several_times(tiny, tmp_path):
     torch.testing.assert_close(weight, token_weights(squares), rtol=1e-3, atol=1e-4)
 
 
-def test_wide_blocks_take_half_as_many_tokens(monkeypatch):
-    monkeypatch.setattr(ptq.tuning.fisher, "BATCH_TOKENS", 1024)
-    assert [batch_tokens(width) for width in (256, 1024, 1365, 2048, 8192)] == [1024, 1024, 768, 512, 512]
-
-
 def test_the_covariance_of_a_draw():
     """sqrt(p) z - p (sqrt(p) . z) has the covariance diag(p) - p p^T: exactly, by its linear map."""
     p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     A = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
     torch.testing.assert_close(A @ A.T, torch.diag(p) - torch.outer(p, p))
+
+
+def test_signs_are_even_and_independent():
+    """Sums of n products of two signs have the deviation sqrt(n): none of 100 x 100 is six of them away."""
+    z = torch.ones(4096, 100)
+    flip_signs(z, torch.Generator().manual_seed(0))
+    assert torch.equal(z.abs(), torch.ones_like(z)) and float(z.sum(0).abs().max()) < 6 * 64
+    assert float((z.T @ z - 4096 * torch.eye(100)).abs().max()) < 6 * 64
 
 
 def test_token_weights():

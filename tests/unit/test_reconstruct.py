@@ -29,7 +29,7 @@ SPEC = QuantSpec(bits=2, group_size=32, fisher_tokens=0, reconstruct_epochs=4, c
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(ptq.streams, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(StreamedModel, "batch_tokens", 20)
 
 
 def random_weight(O=6, I=40):

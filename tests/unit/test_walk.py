@@ -56,7 +56,7 @@ class Recorded:
 
         monkeypatch.setattr(ptq.stages, "Hessian", WatchedHessian)
         monkeypatch.setattr(ptq.streams, "ActivationStore", WatchedStore)
-        monkeypatch.setattr(ptq.streams, "BATCH_TOKENS", BATCH_TOKENS)
+        monkeypatch.setattr(StreamedModel, "batch_tokens", BATCH_TOKENS)
         self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
         for i in range(len(self.model.blocks)):
             for name in self.model.family.linears:
@@ -326,3 +326,10 @@ def test_digest_of_a_mirrored_grid():
     assert digest(values) != digest(-values) and digest(values) != digest(values[[1, 0]])
     wide = torch.randn(3, (1 << 20) + 5, generator=torch.Generator().manual_seed(0))  # rows in several steps
     assert digest(wide) == digest(wide.T.contiguous().T) != digest(wide[:2])
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(64, 2048), (768, 1365), (1024, 1024), (8192, 1024)])
+def test_narrow_blocks_take_more_tokens_at_once(tiny, monkeypatch, width, tokens):
+    model = StreamedModel(open_checkpoint(tiny("llama")))
+    monkeypatch.setattr(model.config, "hidden_size", width)
+    assert model.batch_tokens == tokens
