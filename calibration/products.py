@@ -15,6 +15,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+AT_ONCE = 1 << 20  # numbers rounded at once
+
 
 def has_bf16_units() -> bool:
     """Whether this machine's processor multiplies bf16 matrices in units of their own, and torch can use them."""
@@ -52,14 +54,43 @@ def _precision(wanted):
         switch.fp32_precision = before
 
 
+@contextmanager
+def rounded_linears(linears):
+    """Context in which linears take and give fp32 but are in bf16 inside, where `bf16_products` is on.
+
+    Weights are rounded once, in place, and not anew for every batch. What products sum is rounded to 8 bits as well:
+    this is for estimates, such as of gradients' moments. The weights stay as they then are.
+    """
+    hooks = []
+    for linear in linears if _rounds() else ():
+        for parameter in linear.parameters():
+            parameter.data = _rounded_in_place(parameter.data)
+        hooks.append(linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),)))
+        hooks.append(linear.register_forward_hook(lambda _, inputs, out: out.float()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounded_in_place(numbers):
+    """fp32 numbers as bf16 in the first half of their memory."""
+    plain = numbers.view(-1)
+    rounded = plain.view(torch.bfloat16)[: len(plain)]
+    for start in range(0, len(plain), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        rounded[some] = plain[some].bfloat16()
+    return rounded.view(numbers.shape)
+
+
 def factor(matrix):
     """A matrix that will be multiplied many times, as products take it: in bf16, rounded once, where they are of such.
 
     A product of two factors is `(A @ B).float()`, which is then rounded to bf16 itself.
     """
-    switch = _switch()
-    rounds = matrix.device.type == "cpu" and switch is not None and switch.fp32_precision == "bf16"
-    return matrix.bfloat16() if rounds and matrix.dtype == torch.float32 else matrix
+    rounds = _rounds() and matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    return matrix.bfloat16() if rounds else matrix
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
@@ -91,6 +122,11 @@ class _Fp32Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         with _precision("ieee"):
             return None, *torch.autograd.grad(ctx.out, ctx.factors, gradient, retain_graph=True)
+
+
+def _rounds():
+    """Whether fp32 products are of bf16 factors here."""
+    return _switch() is not None and _switch().fp32_precision == "bf16"
 
 
 def _switch():

@@ -8,6 +8,7 @@ each run H_O is a square, between runs it is not asked for.
 Legend: O outputs of a run, T tokens.
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from calibration.capture import run_block
 from calibration.errors import InputError
 from calibration.hessian import mirror, tiles
-from calibration.products import bf16_products
+from calibration.products import bf16_products, rounded_linears
 from calibration.store import ActivationStore
 from ptq.clock import Clock
 from ptq.evaluation.stream import LOGIT_ENTRIES
@@ -69,7 +70,7 @@ class FisherPass:
         share = self.budget and self.budget // (2 + draws)
         entering, states, arguments = self._forward(batches, share)
         generator = torch.Generator().manual_seed(self.spec.seed)
-        with self.model.outside(head=True):
+        with self.model.outside(head=True), rounded_linears([self.model.model.get_output_embeddings()]):
             gradients = [self._store(f"gradients-{draw}", share) for draw in range(draws)]
             for store in gradients:
                 for hidden in states:
@@ -89,7 +90,7 @@ class FisherPass:
                 arguments.append(by_rows.setdefault(len(batch), of_batch))
                 states.append(hidden)
         for i in tqdm(range(len(self.model.blocks)), desc="predictions", unit="block", disable=None, leave=False):
-            with self.model.block(i) as block:
+            with self._block(i) as block:
                 for b, hidden in enumerate(states):
                     entering.append(hidden)
                     states[b] = out = run_block(block, hidden.to(self.model.device), arguments[b][i])
@@ -123,7 +124,7 @@ class FisherPass:
         """Takes every draw's gradients back through block i; H_O by stage and run, the stages' weights of tokens."""
         stages, count = self.model.family.stages, len(arguments)
         sums, squares = [{} for _ in stages], [{} for _ in stages]
-        with self.model.block(i) as block:
+        with self._block(i) as block:
             for b in range(count):
                 with torch.enable_grad(), self._watched(i, partial(self._add, i, b, sums, squares)):
                     hidden = entering[i * count + b].to(self.model.device).requires_grad_()
@@ -158,6 +159,13 @@ class FisherPass:
             own = g[:, cut]
             for tile in tiles(own.shape[1]):  # half of it, see `mirror`
                 of_stage[run][tile, tile.start :].addmm_(own[:, tile].T, own[:, tile.start :])
+
+    @contextmanager
+    def _block(self, i):
+        """Block i for estimates."""
+        linears = [self.model.linear(i, name) for name in self.model.family.linears]
+        with self.model.block(i) as block, rounded_linears(linears):
+            yield block
 
     def _watched(self, i, take):
         return _Watched([[(name, self.model.linear(i, name)) for name in s] for s in self.model.family.stages], take)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 import ptq.defaults
-from calibration.products import bf16_products, has_bf16_units
+from calibration.products import bf16_products, has_bf16_units, rounded_linears
 from ptq.defaults import choose_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -85,3 +86,24 @@ def test_only_where_the_user_is_silent(units, monkeypatch):
     assert choose_products("auto", CPU) == units
     assert not any(choose_products(name, CPU) for name in ("float32", "bfloat16", "float16"))
     assert not choose_products("auto", GPU)
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_rounded_linears(kind):
+    """Outputs and gradients of rounded factors, each rounded once more: 2^-9 of the largest product of such."""
+    linear, x = kind(64, 64), torch.randn(5, 64, requires_grad=True)
+    W = linear.weight.detach().clone() if kind is Conv1D else linear.weight.detach().T.clone()
+    bias = torch.nn.init.normal_(linear.bias).detach().clone()
+    with rounded_linears([linear]):
+        assert linear.weight.dtype == torch.float32, "not without bf16_products"
+    with bf16_products(True), rounded_linears([linear]):
+        y = linear(x)
+        (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    rounded = [t.bfloat16().double() for t in (x.detach(), W, bias)]
+    wanted = rounded[0] @ rounded[1] + rounded[2]
+    assert y.dtype == torch.float32 and linear.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(y.detach().double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(found[0].double(), rounded[1].sum(1), rtol=2**-8, atol=1e-5)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x)  # no hook is left
