@@ -103,6 +103,7 @@ class Walk:
             bar.set_postfix_str(f"error {max(entry['error'] for entry in report.values()):.3g}")
 
     def _open_streams(self, tokens):
+        release_freed()  # what gradients left, before the embedding comes
         batches = tokens.split(self.spec.train_rows if self.spec.trains else rows_of_batch(self.model, tokens))
         share, spill = self.ranks.share(len(batches)), self.work.folder / "activations"
         own, self._first_token = batches[share], sum(batch.numel() for batch in batches[: share.start])
