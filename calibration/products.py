@@ -15,7 +15,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-AT_ONCE = 1 << 20  # numbers rounded at once
+LARGE = 1 << 25  # numbers, such as an output head's, for which there may be no room twice
+AT_ONCE = 1 << 20  # of those, rounded at once
 
 
 def has_bf16_units() -> bool:
@@ -58,13 +59,14 @@ def _precision(wanted):
 def rounded_linears(linears):
     """Context in which linears take and give fp32 but are in bf16 inside, where `bf16_products` is on.
 
-    Weights are rounded once, in place, and not anew for every batch. What products sum is rounded to 8 bits as well:
+    Weights are rounded once and not anew for every batch. What products sum is rounded to 8 bits as well:
     this is for estimates, such as of gradients' moments. The weights stay as they then are.
     """
     hooks = []
     for linear in linears if _rounds() else ():
         for parameter in linear.parameters():
-            parameter.data = _rounded_in_place(parameter.data)
+            large = parameter.numel() > LARGE
+            parameter.data = _rounded_in_place(parameter.data) if large else parameter.data.bfloat16()
         hooks.append(linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16(),)))
         hooks.append(linear.register_forward_hook(lambda _, inputs, out: out.float()))
     try:

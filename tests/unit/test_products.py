@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+import calibration.products
 import ptq.defaults
 from calibration.products import bf16_products, has_bf16_units, rounded_linears
 from ptq.defaults import choose_products
@@ -90,8 +91,11 @@ def test_only_where_the_user_is_silent(units, monkeypatch):
 
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
 @pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
-def test_rounded_linears(kind):
+@pytest.mark.parametrize("large", [0, 1 << 25])
+def test_rounded_linears(kind, large, monkeypatch):
     """Outputs and gradients of rounded factors, each rounded once more: 2^-9 of the largest product of such."""
+    monkeypatch.setattr(calibration.products, "LARGE", large)
+    monkeypatch.setattr(calibration.products, "AT_ONCE", 1000)  # of 4096
     linear, x = kind(64, 64), torch.randn(5, 64, requires_grad=True)
     W = linear.weight.detach().clone() if kind is Conv1D else linear.weight.detach().T.clone()
     bias = torch.nn.init.normal_(linear.bias).detach().clone()
