@@ -4,7 +4,7 @@ Each factor is rounded to 8 bits on its way into the product, an error of 2^-9 o
 model run in bf16 but for what lies between products: that stays fp32. The two products of attention go by a kernel that
 takes bf16 and sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way
 back is slower in rows of 512 tokens. LOG.md has what it does to the result (nothing that is larger than the choice of
-text).
+text). For estimates linears may be in bf16 altogether, what they give rounded as well (`rounded_linears`).
 """
 
 from contextlib import contextmanager
