@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from calibration.corpora import CORPORA
+from calibration.errors import InputError
 from calibration.ranks import join_ranks
 from ptq.console import run_command, size_text, table
 from ptq.grids.blocks import BLOCK_GRIDS
@@ -85,8 +86,9 @@ def _add_method(how, defaults):
                      "rtn: round to nearest, no text\n"
                      "omniquant: clipping trained block by block, hours where gptq takes minutes")  # fmt: skip
     how.add_argument("--effort", choices=EFFORTS, default="fast",
-                     help="gptq: fast solves (default); balanced also lets the model write text to\n"
-                     "calibrate on, and tunes codes and scales; best does more of each")  # fmt: skip
+                     help="gptq: draft solves in one pass over the text; fast also weighs outputs and\n"
+                     "makes up for earlier errors (default); balanced also lets the model write text\n"
+                     "to calibrate on, and tunes codes and scales; best does more of each")  # fmt: skip
     how.add_argument("--fisher-tokens", type=int, metavar="N",
                      help="gptq: tokens of text whose gradients weigh a linear's outputs against\n"
                      f"each other; 0: plain GPTQ (default: {defaults.fisher_tokens}, more with effort)")  # fmt: skip
@@ -143,6 +145,8 @@ def main(argv=None):
 
 
 def _quantize(args, command, ranks):
+    if args.effort != "fast" and args.method != "gptq":
+        raise InputError(f"--effort {args.effort} is for --method gptq, not {args.method}")
     chosen = {"sym": args.sym, "epochs": args.epochs, "aug_loss": args.aug_loss, "fisher_tokens": args.fisher_tokens}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     recipe = EFFORTS[args.effort] | (omniquant_recipe(args.bits) if args.method == "omniquant" else {})

@@ -31,6 +31,7 @@ class Tool(NamedTuple):
     imports: str
 
 
+OURS = {"ptq": (), "ptq-draft": ("--effort", "draft")}
 TOOLS = {
     "gptqmodel": Tool("gptqmodel", "run_gptqmodel.py", (), "gptqmodel"),
     "gptqmodel-best": Tool("gptqmodel", "run_gptqmodel.py", ("--gptaq", "--desc-act", "--mse", "2.4"), "gptqmodel"),
@@ -58,11 +59,11 @@ def timed(arguments, **options):
 
 def commands(name, args, out):
     """(what quantizes, what only imports)."""
-    if name == "ptq":
+    if name in OURS:
         text = ["--calibration", args.calibration, "--heldout", "none"]
         grid = ["--model", args.model, "--bits", args.bits, "--group", args.group, "--out", out]
         module = [sys.executable, "-m", "ptq.quantize"]
-        return [*module, *grid, *text], [*module, "--help"]
+        return [*module, *grid, *text, *OURS[name]], [*module, "--help"]
     tool, python = TOOLS[name], args.python[TOOLS[name].environment]
     given = ["--model", args.model, "--calib", args.calibration, "--bits", args.bits, "--group", args.group]
     run = [python, args.scripts / tool.script, *given, "--threads", args.threads, "--out", out, *tool.options]
@@ -115,7 +116,7 @@ def main():
     p.add_argument("--bits", type=int, default=2)
     p.add_argument("--group", type=int, default=128)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--tools", nargs="+", choices=["ptq", *TOOLS], default=["ptq", *TOOLS])
+    p.add_argument("--tools", nargs="+", choices=[*OURS, *TOOLS], default=[*OURS, *TOOLS])
     p.add_argument("--repeat", type=int, default=1)
     p.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     args = p.parse_args()

@@ -22,6 +22,7 @@ from ptq.spec import width
 
 METHODS = {
     "gptq": (),
+    "draft": ("--effort", "draft"),
     "plain": ("--fisher-tokens", 0),
     "rtn": ("--method", "rtn"),
     "omniquant": ("--method", "omniquant"),

@@ -27,7 +27,7 @@ from ptq.tuning.student import StreamedStudent, Text
 from ptq.workdir import WorkFolder
 
 BATCH_TOKENS = 512  # of a step, or a row: many small steps turn the codes that gain, a few large ones hardly any
-STEPS = 512  # of an epoch, at most: each loads every block twice
+STEPS = 1024  # of an epoch, at most: each loads every block twice
 WARM_UP = 5  # steps in which the learning rates rise
 KEEP_AFTER = 600  # seconds of work that are worth writing down: 12 bytes a weight
 

@@ -236,9 +236,14 @@ def test_effort_on_the_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quantize.main(["--effort", "balanced", "--fisher-tokens", "0"])
     assert specs[-1] == replace(balanced, fisher_tokens=0) and not specs[-1].weighs_outputs
-    with pytest.raises(SystemExit) as left:
-        quantize.main(["--effort", "best", "--method", "rtn"])
-    assert left.value.code == 2 and "effort is for method gptq, not rtn" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quantize.main(["--effort", "draft"])
+    draft, fast = specs[-1], QuantSpec()
+    assert not draft.weighs_outputs and draft.correction == 0 and 0 < draft.refine_rounds < fast.refine_rounds
+    for effort in ("draft", "best"):
+        with pytest.raises(SystemExit) as left:
+            quantize.main(["--effort", effort, "--method", "rtn"])
+        assert left.value.code == 2 and f"--effort {effort} is for --method gptq, not rtn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
