@@ -94,7 +94,7 @@ class QuantSpec:
     fisher_tokens: int = 1 << 13
     tune_epochs: int = 0
     tune_lr: float = 5e-3
-    tune_drift: float = 0.08
+    tune_drift: float = 0.12
 
     def __post_init__(self):
         rules = (
@@ -222,7 +222,7 @@ EFFORTS = {
     "draft": {"fisher_tokens": 0, "correction": 0.0, "refine_rounds": 2},
     "fast": {},
     "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
-    "best": {"own_tokens": 12 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 4, "tune_drift": 0.12},
+    "best": {"own_tokens": 12 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 4},
 }
 
 
