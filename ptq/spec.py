@@ -219,7 +219,7 @@ class QuantSpec:
 
 
 EFFORTS = {
-    "draft": {"fisher_tokens": 0, "correction": 0.0, "refine_rounds": 2},
+    "draft": {"fisher_tokens": 0, "correction": 0.0, "refine_rounds": 4},
     "fast": {},
     "balanced": {"own_tokens": 1 << 15, "fisher_tokens": 1 << 16, "tune_epochs": 2},
     "best": {"own_tokens": 12 << 15, "fisher_tokens": 1 << 17, "tune_epochs": 4},
