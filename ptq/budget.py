@@ -63,7 +63,7 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, w
     """
     if spec.trains or spec.refined or model.device.type != "cpu":
         raise InputError(
-            "max_memory is for --method gptq and rtn at --effort fast on a CPU: training is not planned for;"
+            "max_memory is for --method gptq and rtn at --effort draft or fast on a CPU: training is not planned for;"
             " --activation-memory bounds activations"
         )
     for on_disk in (False, True):

@@ -91,7 +91,7 @@ def _add_method(how, defaults):
                      "to calibrate on, and tunes codes and scales; best does more of each")  # fmt: skip
     how.add_argument("--fisher-tokens", type=int, metavar="N",
                      help="gptq: tokens of text whose gradients weigh a linear's outputs against\n"
-                     f"each other; 0: plain GPTQ (default: {defaults.fisher_tokens}, more with effort)")  # fmt: skip
+                     f"each other; 0: plain GPTQ (default: {defaults.fisher_tokens}; draft 0, above fast more)")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
@@ -128,7 +128,7 @@ def _add_run(run):
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--max-memory", metavar="SIZE", type=_bytes,
                      help="plan for this much resident memory, as 4GB or 800MB;\n"
-                     "on a CPU, with gptq or rtn at --effort fast")  # fmt: skip
+                     "on a CPU, with gptq or rtn at --effort draft or fast")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
 
