@@ -90,8 +90,8 @@ def _add_method(how, defaults):
                      "makes up for earlier errors (default); balanced also lets the model write text\n"
                      "to calibrate on, and tunes codes and scales; best does more of each")  # fmt: skip
     how.add_argument("--fisher-tokens", type=int, metavar="N",
-                     help="gptq: tokens of text whose gradients weigh a linear's outputs against\n"
-                     f"each other; 0: plain GPTQ (default: {defaults.fisher_tokens}; draft 0, above fast more)")  # fmt: skip
+                     help="gptq: tokens of text whose gradients weigh a linear's outputs against each\n"
+                     f"other; 0: plain GPTQ (default: {defaults.fisher_tokens}; draft 0, above fast more)")  # fmt: skip
     order = how.add_mutually_exclusive_group()
     order.add_argument("--act-order", action="store_true",
                        help="form groups along the activation order (desc_act):\n"
