@@ -86,6 +86,12 @@ class StreamedModel:
         weight = self.linear(i, name).weight
         return weight.T if self.family.transposed else weight
 
+    def round_linears(self, i: int, names: Iterable[str]) -> None:
+        """Keeps the weights of linears of block i in bf16 alone, for `rounding_once`."""
+        for name in names:
+            weight = self.linear(i, name).weight
+            weight.data = weight.data.bfloat16()
+
     def drop_linears(self, i: int, names: Iterable[str]) -> None:
         """Lets go of the weights of linears of block i that nothing reads any more."""
         for name in names:

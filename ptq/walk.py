@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
-from calibration.products import bf16_products
+from calibration.products import bf16_products, rounding_once
 from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
@@ -91,6 +91,7 @@ class Walk:
             with ExitStack() as loaded:
                 with self.clock.phase("load"):
                     loaded.enter_context(self.model.block(i, linears=i not in todo or not self._by_stages(streams)))
+                loaded.enter_context(rounding_once(self.model.linear(i, name) for name in self.model.family.linears))
                 if i not in todo:
                     with self._products("forward"):
                         self._replay_block(i, streams)
@@ -157,6 +158,8 @@ class Walk:
                 self._keep(i, stage, solved, tensors, report)
                 if weights:
                     linears |= dict(zip(stage, solved, strict=True))
+                elif self.bf16:
+                    self.model.round_linears(i, stage)  # from here on they are only multiplied
                 del solved
             if not weights:
                 forwards.finish()

@@ -103,7 +103,7 @@ def test_gradients_are_the_whole_models(tiny, tmp_path, family, budget):
     measured.work.close()
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_in_bf16_it_is_nearly_the_same(tiny, tmp_path, family):
     """Some thirty roundings of 2^-9 lie between token and gradient, 1 % where they add up at random; squared, 2 %."""

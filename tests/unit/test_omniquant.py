@@ -125,7 +125,7 @@ class Walked:
             work.close()
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 def test_blocks_run_in_bf16_and_folds_do_not(tiny, tmp_path, monkeypatch):
     """A fold's sums are what the file holds, and its proof is of fp32; a block's passes are what takes the time."""
     switch, seen = torch.backends.mkldnn.matmul, {}

@@ -67,7 +67,7 @@ def test_tokens_are_drawn_from_the_predictions(tiny):
     assert (seen[~frequent].sum() - expected[~frequent].sum()).abs() < 5 * expected[~frequent].sum() ** 0.5
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="no bf16 units")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @torch.no_grad()
 def test_keys_in_bf16_rarely_change_a_token(model_type, tiny):

@@ -1,5 +1,7 @@
 """Products in bf16 units: how far off they are, attention among them, and when they are chosen."""
 
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import calibration.products
 import ptq.defaults
-from calibration.products import bf16_products, has_bf16_units, rounded_linears
+from calibration.products import bf16_products, has_bf16_units, rounded_linears, rounding_once
 from ptq.defaults import choose_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -27,23 +29,25 @@ def test_not_wanted_is_fp32():
         assert torch.equal(A @ B, expected)
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 def test_factors_are_rounded_and_sums_are_not():
+    """Or not even factors, without AMX."""
     A, B = factors()
     plain, exact = A @ B, A.double() @ B.double()
     with bf16_products(True):
         found = A @ B
         with bf16_products(False):  # what is not wanted changes nothing
             assert torch.equal(A @ B, found)
-    rounded = A.bfloat16().double() @ B.bfloat16().double()
+    amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    multiplied = A.bfloat16().double() @ B.bfloat16().double() if amx else exact
     scale = A.double().abs() @ B.double().abs()
     # each factor is off by 2**-9 of itself at most; sums of 256 exact products in fp32 by 256 * 2**-24 of their terms
     assert bool(((found.double() - exact).abs() <= 2 * 2**-9 * 1.01 * scale).all())
-    assert bool(((found.double() - rounded).abs() <= 256 * 2**-24 * scale).all())
-    assert not torch.equal(found, plain) and torch.equal(A @ B, plain)  # and the switch is back
+    assert bool(((found.double() - multiplied).abs() <= 256 * 2**-24 * scale).all())
+    assert not (amx and torch.equal(found, plain)) and torch.equal(A @ B, plain)  # and the switch is back
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_rounded_factors(masked):
     """Against exact attention of bf16 factors: its weights are rounded once more, by 2**-9 at most, on their way into
@@ -89,7 +93,7 @@ def test_only_where_the_user_is_silent(units, monkeypatch):
     assert not choose_products("auto", GPU)
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no AMX")
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 @pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
 @pytest.mark.parametrize("large", [0, 1 << 25])
 def test_rounded_linears(kind, large, monkeypatch):
@@ -111,3 +115,47 @@ def test_rounded_linears(kind, large, monkeypatch):
     torch.testing.assert_close(found[0].double(), rounded[1].sum(1), rtol=2**-8, atol=1e-5)
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x)  # no hook is left
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_rounding_once(kind):
+    """The same, of a weight that stays and may change, or is in bf16; nothing is rounded on the way of gradients."""
+    linear, x = kind(64, 64), torch.randn(5, 64)
+    torch.nn.init.normal_(linear.bias)
+    plain = linear(x)
+
+    def wanted():
+        W = linear.weight if kind is Conv1D else linear.weight.T
+        rounded = [t.detach().bfloat16().double() for t in (x, W, linear.bias)]
+        return rounded[0] @ rounded[1] + rounded[2]
+
+    with rounding_once([linear]):
+        with torch.no_grad():
+            assert torch.equal(linear(x), plain), "not without bf16_products"
+        with bf16_products(True):
+            assert linear(x).requires_grad
+            with torch.no_grad():
+                for change in (lambda: None, lambda: linear.weight.mul_(3), lambda: None):
+                    change()
+                    y = linear(x)
+                    assert y.dtype == linear.weight.dtype == torch.float32
+                    torch.testing.assert_close(y.double(), wanted(), rtol=2**-8, atol=1e-5)
+                linear.weight.data = linear.weight.data.bfloat16()
+                assert torch.equal(linear(x), y)
+    assert "forward" not in vars(linear)
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
+def test_weights_are_rounded_once(monkeypatch):
+    """Not anew for every batch; a copy goes with its parameter."""
+    linear, x, copies = torch.nn.Linear(64, 64), torch.randn(5, 64), []
+    rounded = torch.Tensor.bfloat16
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda t: copies.append(weakref.ref(t16 := rounded(t))) or t16)
+    with rounding_once([linear]), bf16_products(True), torch.no_grad():
+        for _ in range(3):
+            linear(x)
+        alive = [copy().shape for copy in copies if copy() is not None]
+        assert alive == [(64, 64)]
+        linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+        assert not any(copy() is not None for copy in copies)
