@@ -92,12 +92,13 @@ def rounding_once(linears):
 
     A weight is rounded when it is first read and again after it has changed; it stays as it is, beside a copy that
     lives as long as the parameter does. One that is in bf16 has no copy. Where gradients are asked for nothing changes.
+    Gives the copies, to be cleared where they are not needed any more.
     """
     linears, copies = list(linears), WeakTensorKeyDictionary()
     for linear in linears:
         linear.forward = partial(_in_bf16, linear, linear.forward, copies)
     try:
-        yield
+        yield copies
     finally:
         for linear in linears:
             del linear.forward

@@ -5,8 +5,8 @@ Resident memory of a walk on a CPU: the program, and the largest of these (fp32;
     outside     embedding or head; some rows' logits, and those of gradients more of them
     block       a block's weights whole and one batch inside it: perplexity, the pass of gradients, resuming
     gradients   the same with all that a batch leaves for its way back, and the block's H_O
-    accumulate  weights of the stage and of the one before; sums in fp64 of H (I x I / 2) and of G (I x I) or, where
-                that is summed, W (G - H) (O x I)
+    accumulate  weights of the stage and of the one before, or in bf16 half as much of that and half more of the
+                stage; sums in fp64 of H (I x I / 2) and of G (I x I) or, where that is summed, W (G - H) (O x I)
     finalise    weights of the stage; H and G or W (G - H) in fp32, beside their sums
     solve       weights of the stage; H, the factor, unless outputs are few G - H, and a copy of one where columns are
                 put in another order; targets, or W (G - H), and codes; some rows; H_O of the stage, and of the runs
@@ -102,7 +102,8 @@ def _stages(model, stages, spec, batch, on_disk):
     for stage in stages:
         O, I = sum(outputs for outputs, _ in stage), stage[0][1]
         weights, cross = model.dtype.itemsize * O * I, correction * I * (O if few_rows(O, I) else I)
-        yield before + weights + _forward(model, stages, *batch) + _sums(I, cross, on_disk)
+        held = max(before + weights, before // 2 + weights * 3 // 2)
+        yield held + _forward(model, stages, *batch) + _sums(I, cross, on_disk)
         yield weights + _sums(I, cross, on_disk) + on_disk * FP32 * (I * I + cross)
         yield weights + _solve(O, I, spec, on_disk)
         before = weights

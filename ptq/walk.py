@@ -91,12 +91,13 @@ class Walk:
             with ExitStack() as loaded:
                 with self.clock.phase("load"):
                     loaded.enter_context(self.model.block(i, linears=i not in todo or not self._by_stages(streams)))
-                loaded.enter_context(rounding_once(self.model.linear(i, name) for name in self.model.family.linears))
+                linears = [self.model.linear(i, name) for name in self.model.family.linears]
+                copies = loaded.enter_context(rounding_once(linears))
                 if i not in todo:
                     with self._products("forward"):
                         self._replay_block(i, streams)
                     continue
-                tensors, report = self._solve_block(i, streams)
+                tensors, report = self._solve_block(i, streams, copies)
                 if self.ranks.first:
                     with self.clock.phase("write"):
                         self.work.save_block(i, tensors, report)
@@ -128,8 +129,11 @@ class Walk:
             for b, hidden in enumerate(store):
                 store[b] = run_block(block, hidden.to(device), arguments[b])
 
-    def _solve_block(self, i, streams):
-        """Every stage of a block: packed tensors by full name, and report entries by the linear's name."""
+    def _solve_block(self, i, streams, copies):
+        """Every stage of a block: packed tensors by full name, and report entries by the linear's name.
+
+        `copies` are those of weights that the forwards have made (rounding_once).
+        """
         tensors, report = {}, {}
         stages = self.model.family.stages
         if not self._by_stages(streams):
@@ -150,6 +154,7 @@ class Walk:
                 counts = self._counts(i, s)
                 hessian = self.stages.hessian(i, stage, cross=streams.full is not None, counts=counts)
                 forwards.sum_inputs(hessian)
+                copies.clear()  # the original weights of this stage have been multiplied
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 H, G = self._finalise(i, stage, hessian)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from numba import njit
+from numba.extending import intrinsic
 
 TILE = 64  # rows at once: the cache holds (c, TILE) numbers, and a tile is a whole number of vectors
 EVEN, RAMP, TABLE = range(3)
@@ -65,11 +66,26 @@ def over_rows(kernel, rows, *arguments):
         list(pool.map(lambda first: kernel(first, min(first + share, rows), *arguments), range(0, rows, share)))
 
 
+def _instruction(name):
+    """A rounding of floats as an instruction: NumPy's is a call, and a loop with a call in it is not vectorised."""
+
+    def typed(_, x):
+        def generate(context, builder, signature, arguments):
+            return builder.call(builder.module.declare_intrinsic(name, [arguments[0].type]), arguments)
+
+        return x(x), generate
+
+    return intrinsic(typed)
+
+
+rint, ceil = _instruction("llvm.rint"), _instruction("llvm.ceil")
+
+
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def even_code(w, scale, zero, top):
     """One weight's code on an evenly spaced grid."""
     safe = scale if scale != 0 else np.float32(1)
-    return min(max(np.rint(w / safe + zero), np.float32(0)), top)
+    return min(max(rint(w / safe + zero), np.float32(0)), top)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -85,8 +101,8 @@ def nearest_code(w, scale, zero, kind, top, table, nearest):
         return even_code(w, scale, zero, top)
     safe = scale if scale != 0 else np.float32(1)
     if kind == RAMP:
-        return min(max(np.rint((w + zero) / safe), np.float32(0)), top)
-    half = min(max(np.ceil(np.float32(2) * (w / safe)), np.float32(2) * table[0]), np.float32(2) * table[-1])
+        return min(max(rint((w + zero) / safe), np.float32(0)), top)
+    half = min(max(ceil(np.float32(2) * (w / safe)), np.float32(2) * table[0]), np.float32(2) * table[-1])
     return nearest[int(half - np.float32(2) * table[0])]
 
 

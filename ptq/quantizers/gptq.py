@@ -13,6 +13,7 @@ from itertools import accumulate, repeat
 
 import torch
 
+from calibration.products import factor
 from calibration.store import RowsOnDisk, SquareOnDisk, mapped, write
 from ptq.clock import Clock
 from ptq.grids.affine import AffineGrid
@@ -323,10 +324,10 @@ def target_shift(mismatch, U):
 
 def _loss(D, H):
     """(I, O) to (O,): tr(D H D^T) row by row. H is symmetric: what lies above its diagonal counts twice."""
-    loss = D.new_zeros(D.shape[1])
+    loss, of_D = D.new_zeros(D.shape[1]), factor(D)
     for start in range(0, len(D), LOSS_TILE):
         tile, right = slice(start, start + LOSS_TILE), slice(start + LOSS_TILE, None)
-        rows = H[tile]
-        bent = (rows[:, tile] @ D[tile]).addmm_(rows[:, right], D[right], alpha=2)
-        loss += bent.mul_(D[tile]).sum(0)
+        rows = factor(H[tile])
+        bent = (rows[:, tile] @ of_D[tile]).addmm_(rows[:, right], of_D[right], alpha=2)
+        loss += bent.float().mul_(D[tile]).sum(0)
     return loss

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from ptq.grids.compiled import TILE, arrays, levels, nearest_code, over_rows, value_of
+from ptq.grids.compiled import EVEN, TILE, arrays, even_code, even_value, levels, nearest_code, over_rows, value_of
+
+PANEL = 8  # columns whose errors are spread at once to those further on
 
 
 def round_block(target, Wt, M, diagonal, scale, zero, step, arithmetic):
@@ -60,54 +62,104 @@ def sweep_block(inner, target, codes, D, gradient, scale, zero, step, arithmetic
     return gained
 
 
+# Loops over a tile's rows are vectorised where they read and write views of rows and ask for the kind outside.
+
+
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def _round_block(first, last, target, Wt, M, diagonal, codes, Q, loss, scale, zero, step, kind, top, table, nearest):
-    columns = len(diagonal)
-    held, D = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
+    columns, shares = len(diagonal), np.empty(PANEL, np.float32)
+    held, off = np.empty((columns, TILE), np.float32), np.empty((PANEL, TILE), np.float32)
     for start in range(first, last, TILE):
         rows = min(TILE, last - start)
+        tile = slice(start, start + rows)
+        lost = loss[tile]
         for k in range(columns):
+            given, x = target[k, tile], held[k]
             for r in range(rows):
-                held[k, r] = target[k, start + r]
-        for k in range(columns):
-            s = step[k]
-            for r in range(rows):
-                o = start + r
-                code = nearest_code(held[k, r], scale[s, o], zero[s, o], kind, top, table, nearest)
-                value = value_of(code, scale[s, o], zero[s, o], kind, table)
-                codes[k, o], Q[k, o] = code, value
-                error = (value - held[k, r]) * diagonal[k]
-                loss[o] += error * error
-                D[r] = value - Wt[k, o]
-            for later in range(k + 1, columns):
-                m = M[k, later]
+                x[r] = given[r]
+        for panel in range(0, columns, PANEL):
+            end = min(panel + PANEL, columns)
+            for k in range(panel, end):
+                s, weight, x, d = step[k], diagonal[k], held[k], off[k - panel]
+                w, c, q, S, Z = Wt[k, tile], codes[k, tile], Q[k, tile], scale[s, tile], zero[s, tile]
+                if kind == EVEN:
+                    for r in range(rows):
+                        code = even_code(x[r], S[r], Z[r], top)
+                        c[r], q[r] = code, even_value(code, S[r], Z[r])
+                else:
+                    for r in range(rows):
+                        code = nearest_code(x[r], S[r], Z[r], kind, top, table, nearest)
+                        c[r], q[r] = code, value_of(code, S[r], Z[r], kind, table)
                 for r in range(rows):
-                    held[later, r] -= m * D[r]
+                    error = (q[r] - x[r]) * weight
+                    lost[r] += error * error
+                    d[r] = w[r] - q[r]
+                for later in range(k + 1, end):
+                    y, share = held[later], M[k, later]
+                    for r in range(rows):
+                        y[r] += share * d[r]
+            for later in range(end, columns):
+                for k in range(PANEL):
+                    shares[k] = M[panel + k, later]
+                _add_panel(held, later, shares, off, rows)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def _sweep_block(
     first, last, inner, target, codes, D, gradient, scale, zero, order, gained, step, kind, top, table, nearest
 ):
-    columns = len(order)
-    held, change = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
+    columns, shares, new = len(order), np.empty(PANEL, np.float32), np.empty(TILE, np.float32)
+    held, change = np.empty((columns, TILE), np.float32), np.empty((PANEL, TILE), np.float32)
     for start in range(first, last, TILE):
         rows = min(TILE, last - start)
+        tile = slice(start, start + rows)
+        won = gained[tile]
         for k in range(columns):
+            given, x = gradient[order[k], tile], held[k]
             for r in range(rows):
-                held[k, r] = gradient[order[k], start + r]
-        for k in range(columns):
-            j = order[k]
-            s, curvature = step[j], inner[j, j]
-            for r in range(rows):
-                o = start + r
-                best = (D[j, o] + target[j, o]) - held[k, r] / curvature
-                code = nearest_code(best, scale[s, o], zero[s, o], kind, top, table, nearest)
-                value = value_of(code, scale[s, o], zero[s, o], kind, table) - target[j, o]
-                change[r] = value - D[j, o]
-                gained[o] -= change[r] * (np.float32(2) * held[k, r] + change[r] * curvature)
-                codes[j, o], D[j, o] = code, value
-            for later in range(k + 1, columns):
-                h = inner[j, order[later]]
+                x[r] = given[r]
+        for panel in range(0, columns, PANEL):
+            end = min(panel + PANEL, columns)
+            for k in range(panel, end):
+                j = order[k]
+                s, curvature, x, turned = step[j], inner[j, j], held[k], change[k - panel]
+                t, c, d, S, Z = target[j, tile], codes[j, tile], D[j, tile], scale[s, tile], zero[s, tile]
+                if kind == EVEN:
+                    for r in range(rows):
+                        code = even_code((d[r] + t[r]) - x[r] / curvature, S[r], Z[r], top)
+                        c[r], new[r] = code, even_value(code, S[r], Z[r])
+                else:
+                    for r in range(rows):
+                        best = (d[r] + t[r]) - x[r] / curvature
+                        code = nearest_code(best, S[r], Z[r], kind, top, table, nearest)
+                        c[r], new[r] = code, value_of(code, S[r], Z[r], kind, table)
                 for r in range(rows):
-                    held[later, r] += h * change[r]
+                    value = new[r] - t[r]
+                    turned[r] = value - d[r]
+                    won[r] -= turned[r] * (np.float32(2) * x[r] + turned[r] * curvature)
+                    d[r] = value
+                for later in range(k + 1, end):
+                    y, share = held[later], inner[j, order[later]]
+                    for r in range(rows):
+                        y[r] += share * turned[r]
+            for later in range(end, columns):
+                for k in range(PANEL):
+                    shares[k] = inner[order[panel + k], order[later]]
+                _add_panel(held, later, shares, change, rows)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
+def _add_panel(held, later, shares, panel, count):
+    """held[later] += shares * panel, of PANEL rows one after the other while a number is at hand."""
+    a, b, c, d, e, f, g, h = shares[0], shares[1], shares[2], shares[3], shares[4], shares[5], shares[6], shares[7]
+    for r in range(count):
+        x = held[later, r]
+        x += a * panel[0, r]
+        x += b * panel[1, r]
+        x += c * panel[2, r]
+        x += d * panel[3, r]
+        x += e * panel[4, r]
+        x += f * panel[5, r]
+        x += g * panel[6, r]
+        x += h * panel[7, r]
+        held[later, r] = x

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from calibration.products import factor
 from ptq.grids.compiled import compiled
 from ptq.quantizers.kernels import sweep_block
 from ptq.quantizers.vectors import sweep_vectors
@@ -43,22 +44,27 @@ def refine(Wt, H, codes, spans, params, grid, *, rounds, generator, column_block
     D = torch.empty_like(Wt)
     for span, numbers in zip(spans, params, strict=True):
         torch.sub(values(grid, numbers, span, codes[span.columns]), Wt[span.columns], out=D[span.columns])
-    gained = D.new_zeros(D.shape[1])
+    gained, of_D = D.new_zeros(D.shape[1]), factor(D)
     for _ in range(rounds):
         for s in torch.randperm(len(spans), generator=generator).tolist():
-            local = Local(Wt, H, codes, D, spans[s])
+            local = Local(Wt, H, codes, D, spans[s], of_D)
             gained += local.refit(grid, params[s])
             gained += local.sweep(grid, params[s], generator, column_block)
+            of_D[spans[s].columns] = local.D
     return gained
 
 
 class Local:
-    """One span's share of the problem: views of its rows of every matrix, and its gradient."""
+    """One span's share of the problem: views of its rows of every matrix, and its gradient.
 
-    def __init__(self, Wt, H, codes, D, span):
+    `of_D` is D as products take it (calibration/products.py), or None.
+    """
+
+    def __init__(self, Wt, H, codes, D, span, of_D=None):
         self.span = span
         rows = H[span.columns]
-        self.inner, self.gradient = rows[:, span.columns].contiguous(), rows @ D
+        self.inner = rows[:, span.columns].contiguous()
+        self.gradient = (factor(rows) @ (factor(D) if of_D is None else of_D)).float()
         self.target, self.codes, self.D = Wt[span.columns], codes[span.columns], D[span.columns]
 
     def refit(self, grid, numbers):
@@ -159,5 +165,5 @@ class _Axis:
 
 def values(grid, numbers, span, codes):
     """A span's values (c, O)."""
-    scale, zero = (p[span.step] for p in grid.steps(numbers))
+    scale, zero = (p if len(p) == 1 else p[span.step] for p in grid.steps(numbers))
     return grid.decode(codes, scale, zero)
