@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.products import bf16_products, has_bf16_units
+from calibration.products import bf16_products, factor, has_bf16_units
 
 SIDE = 2048  # of the square matrices multiplied: in cache, large enough for the library's full speed
 COPIED = 1 << 25  # numbers: several times the last cache
@@ -22,7 +22,7 @@ class Rates:
 
     Attributes:
         products: Operations of fp32 products.
-        walk: Operations of the walk's products of two matrices: in bf16 units where there are such.
+        walk: Operations of the walk's products of two matrices: of bf16 where the processor has instructions for them.
         memory: Bytes read and written in memory.
         disk_read: Bytes.
         disk_write: Bytes.
@@ -45,6 +45,7 @@ def measure_rates(folder: Path) -> Rates:
     source, copy = torch.zeros(2, COPIED)
     products = 2 * SIDE**3 / _best(lambda: torch.mm(a, b))
     with bf16_products(has_bf16_units()):
+        a, b = factor(a), factor(b)
         walk = 2 * SIDE**3 / _best(lambda: torch.mm(a, b))
     memory = 2 * source.nbytes / _best(lambda: copy.copy_(source))
     return Rates(products, walk, memory, *_disk(folder))

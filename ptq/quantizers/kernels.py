@@ -99,8 +99,8 @@ def _round_block(first, last, target, Wt, M, diagonal, codes, Q, loss, scale, ze
                     for r in range(rows):
                         y[r] += share * d[r]
             for later in range(end, columns):
-                for k in range(PANEL):
-                    shares[k] = M[panel + k, later]
+                for p in range(PANEL):
+                    shares[p] = M[panel + p, later]
                 _add_panel(held, later, shares, off, rows)
 
 
@@ -143,8 +143,8 @@ def _sweep_block(
                     for r in range(rows):
                         y[r] += share * turned[r]
             for later in range(end, columns):
-                for k in range(PANEL):
-                    shares[k] = inner[order[panel + k], order[later]]
+                for p in range(PANEL):
+                    shares[p] = inner[order[panel + p], order[later]]
                 _add_panel(held, later, shares, change, rows)
 
 

@@ -6,7 +6,7 @@ x - (u . R) / (u H u^T), which is rounded to what the file can store (for a grou
 two-stage grids, arXiv 2602.02126). Then its codes, one column after the other: column j's best real value is
 q_j - R_j / H_jj; round it on the grid (QuantEase, arXiv 2309.01885). Neither step can raise the loss beyond the
 rounding of sums. R is formed span by span, from H and all of D as it is then: one matrix product a round, and nothing
-that rounding errors could gather in.
+that rounding errors could gather in. (Where products are in bf16, so is R: a code all but half way may go wrong.)
 
 Legend: O outputs (rows), I inputs, c columns of a span; matrices are transposed, (I, O).
 """
