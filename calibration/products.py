@@ -14,6 +14,7 @@ that on an AMD processor are twice as fast as the library torch calls otherwise;
 as fast.
 """
 
+import weakref
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 LARGE = 1 << 25  # numbers, such as an output head's, for which there may be no room twice
 AT_ONCE = 1 << 20  # of those, rounded at once
+COPY = "weight_in_bf16"  # among the buffers, which halted forwards share and do not spill
 
 
 def has_bf16_units() -> bool:
@@ -90,37 +91,45 @@ def rounded_linears(linears):
 def rounding_once(linears):
     """Context in which linears take and give fp32 but are in bf16 inside, wherever `bf16_products` is on.
 
-    A weight is rounded when it is first read and again after it has changed; it stays as it is, beside a copy that
-    lives as long as the parameter does. One that is in bf16 has no copy. Where gradients are asked for nothing changes.
-    Gives the copies, to be cleared where they are not needed any more.
+    A weight is rounded when it is first read and again after it has changed; it stays as it is, beside the copy, a
+    buffer of the linear's. One that is in bf16 has no copy. Where gradients are asked for nothing changes.
+    Gives a function that drops the copies, for where they are not needed any more.
     """
-    linears, copies = list(linears), WeakTensorKeyDictionary()
+    linears, read = list(linears), {}
+
+    def drop():
+        for linear in read:
+            linear._buffers.pop(COPY, None)
+        read.clear()
+
     for linear in linears:
-        linear.forward = partial(_in_bf16, linear, linear.forward, copies)
+        linear.forward = partial(_in_bf16, linear, linear.forward, read)
     try:
-        yield copies
+        yield drop
     finally:
+        drop()
         for linear in linears:
             del linear.forward
 
 
-def _in_bf16(linear, plain, copies, x):
+def _in_bf16(linear, plain, read, x):
     if torch.is_grad_enabled() or not (_rounds() and x.dtype == torch.float32):
         return plain(x)
-    weight, bias = _copied(linear.weight, copies), linear.bias
+    weight, bias = _rounded(linear, read), linear.bias
     weight = weight if isinstance(linear, nn.Linear) else weight.T  # transformers' Conv1D has (I, O)
     return F.linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16()).float()
 
 
-def _copied(weight, copies):
-    """The weight in bf16."""
+def _rounded(linear, read):
+    """The weight in bf16; `read` says which weight, and which version of it, a linear's copy is of."""
+    weight = linear.weight
     if weight.dtype == torch.bfloat16:
         return weight
-    version, copy = copies.get(weight, (None, None))
-    if version != weight._version:
-        copy = weight.bfloat16()
-        copies[weight] = weight._version, copy
-    return copy
+    known, version = read.get(linear, (None, None))
+    if known is None or known() is not weight or version != weight._version:
+        linear.register_buffer(COPY, weight.bfloat16(), persistent=False)
+        read[linear] = weakref.ref(weight), weight._version
+    return linear.get_buffer(COPY)
 
 
 def _rounded_in_place(numbers):

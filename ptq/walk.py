@@ -92,12 +92,12 @@ class Walk:
                 with self.clock.phase("load"):
                     loaded.enter_context(self.model.block(i, linears=i not in todo or not self._by_stages(streams)))
                 linears = [self.model.linear(i, name) for name in self.model.family.linears]
-                copies = loaded.enter_context(rounding_once(linears))
+                drop_copies = loaded.enter_context(rounding_once(linears))
                 if i not in todo:
                     with self._products("forward"):
                         self._replay_block(i, streams)
                     continue
-                tensors, report = self._solve_block(i, streams, copies)
+                tensors, report = self._solve_block(i, streams, drop_copies)
                 if self.ranks.first:
                     with self.clock.phase("write"):
                         self.work.save_block(i, tensors, report)
@@ -116,6 +116,8 @@ class Walk:
         """Carries both streams through a block that an earlier run finished."""
         block, arguments, device = self.model.blocks[i], streams.at(i), self.model.device
         packed = self.ranks.from_first(lambda: self.work.load_block(i))
+        if self.bf16:
+            self.model.round_linears(i, self.model.family.linears)
         for store in reversed(list(streams)):  # the full-precision one first, while the weights are the original
             if store is streams.quantized:
                 for name, parameter in block.named_parameters():
@@ -129,10 +131,10 @@ class Walk:
             for b, hidden in enumerate(store):
                 store[b] = run_block(block, hidden.to(device), arguments[b])
 
-    def _solve_block(self, i, streams, copies):
+    def _solve_block(self, i, streams, drop_copies):
         """Every stage of a block: packed tensors by full name, and report entries by the linear's name.
 
-        `copies` are those of weights that the forwards have made (rounding_once).
+        `drop_copies` drops those of weights that forwards have made (rounding_once).
         """
         tensors, report = {}, {}
         stages = self.model.family.stages
@@ -154,7 +156,7 @@ class Walk:
                 counts = self._counts(i, s)
                 hessian = self.stages.hessian(i, stage, cross=streams.full is not None, counts=counts)
                 forwards.sum_inputs(hessian)
-                copies.clear()  # the original weights of this stage have been multiplied
+                drop_copies()  # the original weights of this stage have been multiplied
                 if s and not weights:
                     self.model.drop_linears(i, stages[s - 1])  # both streams have left them behind
                 H, G = self._finalise(i, stage, hessian)

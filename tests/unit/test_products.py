@@ -148,14 +148,20 @@ def test_rounding_once(kind):
 
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 def test_weights_are_rounded_once(monkeypatch):
-    """Not anew for every batch; a copy goes with its parameter."""
+
     linear, x, copies = torch.nn.Linear(64, 64), torch.randn(5, 64), []
     rounded = torch.Tensor.bfloat16
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda t: copies.append(weakref.ref(t16 := rounded(t))) or t16)
-    with rounding_once([linear]), bf16_products(True), torch.no_grad():
+    with rounding_once([linear]) as drop, bf16_products(True), torch.no_grad():
         for _ in range(3):
             linear(x)
-        alive = [copy().shape for copy in copies if copy() is not None]
-        assert alive == [(64, 64)]
-        linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+        assert [copy().shape for copy in copies if copy() is not None] == [(64, 64)]
+        assert len(list(linear.buffers())) == 1 and not any("bf16" in name for name in linear.state_dict())
+        drop()
         assert not any(copy() is not None for copy in copies)
+        linear(x)
+        linear.weight = torch.nn.Parameter(2 * linear.weight)
+        y = linear(x)
+        drop()
+        assert torch.equal(linear(x), y), "another weight, another copy"
+    assert not list(linear.buffers())

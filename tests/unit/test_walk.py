@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ SPEC = QuantSpec(bits=3, group_size=32, refine_rounds=1, fisher_tokens=0)
 class Recorded:
     """One walk, watched: rows multiplied by each linear, what Hessians were fed, and the streams at the end."""
 
-    def __init__(self, monkeypatch, folder, out, spec=SPEC, *, budget=None, resume=False, stop_after=None):
+    def __init__(self, monkeypatch, folder, out, spec=SPEC, *, budget=None, resume=False, stop_after=None, bf16=False):
         self.rows, self.fed, self.stores = Counter(), [], []
         recorded = self
 
@@ -76,7 +77,7 @@ class Recorded:
             self.work.save_block = save_and_die
         try:
             tokens = None if spec.method == "rtn" else TOKENS
-            Walk(self.model, spec, self.codec, self.work, Clock(), budget=budget).run(tokens)
+            Walk(self.model, spec, self.codec, self.work, Clock(), budget=budget, bf16=bf16).run(tokens)
         finally:
             self.streams = [[x.clone() for x in store] for store in self.stores]
             self.spilled = sum(store.spilled for store in self.stores)
@@ -257,8 +258,10 @@ def test_forwards_are_watched_for_parking_until_there_is_room_for_twice_as_much(
     assert watched("no limit", None) == ([False] * 4, files)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("correction", [0.0, 1.0])
-def test_resuming_repeats_the_run_bit_by_bit(correction, walk, tiny, tmp_path):
+def test_resuming_repeats_the_run_bit_by_bit(correction, bf16, walk, tiny, tmp_path):
+    walk = partial(walk, bf16=bf16)  # where the processor has no instructions for it, the run is the same or slower
     spec = replace(SPEC, correction=correction)
     folder = tiny("llama", blocks=3)
     whole = walk(folder, tmp_path / "whole", spec)
