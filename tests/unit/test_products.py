@@ -148,7 +148,7 @@ def test_rounding_once(kind):
 
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 def test_weights_are_rounded_once(monkeypatch):
-
+    """Not anew for every batch, until copies are dropped or the linear has another weight."""
     linear, x, copies = torch.nn.Linear(64, 64), torch.randn(5, 64), []
     rounded = torch.Tensor.bfloat16
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda t: copies.append(weakref.ref(t16 := rounded(t))) or t16)
