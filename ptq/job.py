@@ -75,7 +75,7 @@ class Job:
             "calibration": self.drawn and self.drawn.describe(),
             "own_rows": self.drawn and self.own_text.rows(self.drawn.tokens),
             "dtype": str(self.streamed.dtype),
-            "products": "bf16" if self.bf16 else "as dtype",
+            "products": "bf16, as are linears" if self.bf16 else "as dtype",
             "device": self.streamed.device.type,
             "batch_tokens": self.streamed.batch_tokens,
             "ranks": self.ranks.size,
