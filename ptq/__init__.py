@@ -1,16 +1,14 @@
 """Post-training quantization of large language models: one solver, every grid."""
 
-import gc
-
-_collecting = gc.isenabled()
-gc.disable()  # modules stay: searching them for garbage while they load takes half a second
-try:
-    from ptq.pipeline import Artefact, quantize_model
-    from ptq.spec import QuantSpec
-finally:
-    if _collecting:
-        gc.freeze()
-        gc.unfreeze()  # puts them with the oldest objects, unsearched
-        gc.enable()
+from ptq.lazy import Lazy
+from ptq.spec import QuantSpec
 
 __all__ = ["Artefact", "QuantSpec", "quantize_model"]
+
+_pipeline = Lazy("ptq.pipeline", freeze=False)
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return getattr(_pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,35 +1,34 @@
 """What the command lines share: one line for a user's mistake, and tables."""
 
-import gc
 import os
 import warnings
 from collections.abc import Callable, Sequence
 
-import torch
-from transformers.utils import logging
-
 from calibration.errors import InputError, RankLost
-from calibration.ranks import ALONE, Ranks
+from ptq.lazy import Lazy
+
+torch = Lazy("torch")
+transformers_logging = Lazy("transformers.utils.logging")
+processes = Lazy("calibration.ranks")
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
-def run_command(command: Callable[[], None], *, interrupted: str = "", ranks: Ranks = ALONE):
+def run_command(command: Callable[[], None], *, interrupted: str = "", ranks=None):
     """Runs a command line's work and exits; a mistake the user can mend is one line on stderr and status 2.
 
     Args:
         command: The work.
         interrupted: Said after Ctrl-C, and when another rank has ended.
-        ranks: This process's place among several, of which one says an error.
+        ranks: This process's Ranks among several, of which one says an error; None for one by itself.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    gc.freeze()  # modules: taking them apart at the end would take half a second
     try:
+        transformers_logging.set_verbosity_error()
         command()
-        ranks.finish()
+        if ranks is not None:
+            ranks.finish()
         return
     except InputError as error:
         said, status = f"error: {_one_line(error)}", MISTAKE
@@ -41,7 +40,7 @@ def run_command(command: Callable[[], None], *, interrupted: str = "", ranks: Ra
         said, status = f"error: {_one_line(error)}{interrupted}", FAILED
     except KeyboardInterrupt:
         said, status = f"interrupted{interrupted}", INTERRUPTED
-    ranks.leave(said, status)
+    (ranks or processes.ALONE).leave(said, status)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,8 @@ from ptq.export.gguf.codecs import pack
 from ptq.export.gguf.layout import FLOAT_TYPES, EncodedTensor
 from ptq.export.gguf.types import BY_NAME
 from ptq.export.gguf.writer import check_writable, write_gguf
-from ptq.formats.gguf import OUTER_TYPES, TYPE_OF_BITS, check_type, outer_tensors
+from ptq.formats.gguf import OUTER_TYPES, outer_tensors
+from ptq.ggml import TYPE_OF_BITS, check_type
 from ptq.gguf.weights import GgufCheckpoint
 from ptq.qtensor import QuantizedTensor
 from ptq.reload import GptqCheckpoint, open_tokenizer, open_weights

@@ -8,12 +8,16 @@ from pathlib import Path
 from calibration.corpora import CORPORA
 from calibration.errors import InputError
 from ptq.console import run_command, table
-from ptq.defaults import default_budget
-from ptq.evaluation.divergence import measure_divergence
-from ptq.evaluation.harness import load_tasks, preset_average
-from ptq.evaluation.perplexity import measure_perplexity
+from ptq.evaluation.protocols import PROTOCOLS
 from ptq.evaluation.tasks import PRESETS, choose_tasks
-from ptq.measure import PROTOCOLS, default_cache, open_streamed, protocol_windows, task_scores, whole_documents
+from ptq.flags import Flags
+from ptq.lazy import Lazy
+
+defaults = Lazy("ptq.defaults")
+divergence = Lazy("ptq.evaluation.divergence")
+harness = Lazy("ptq.evaluation.harness")
+measure = Lazy("ptq.measure")
+perplexity = Lazy("ptq.evaluation.perplexity")
 
 EPILOG = """protocols, never to be mixed:
   gptq       windows of 2048 tokens that do not overlap, cut from the joined text; every token but the first counts
@@ -23,9 +27,9 @@ Figures compare only at the same protocol, text, tokenizer and seqlen.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.evaluate", description=__doc__, epilog=EPILOG,
+    p = Flags("python -m ptq.evaluate", description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     p.add_argument("path", metavar="PATH", help="model folder, hub id or GGUF file")
     text = p.add_argument_group("perplexity")
@@ -41,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
     tasks.add_argument("--data-dir", type=Path, metavar="DIR", help="questions from DIR/TASK.jsonl, not from the hub")
     tasks.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests in a forward (default: 8)")
-    tasks.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR",
+    tasks.add_argument("--cache", type=Path, metavar="DIR",
                        help="answers are kept here and not asked again (default: ~/.cache/ptq)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -70,8 +74,8 @@ def _tasks(args):
         if value is not None:
             raise InputError(f"--tasks asks questions and takes no {flag}: run the perplexity on its own")
     names, absent = choose_tasks(args.tasks, args.data_dir)
-    scores = _scores(args, load_tasks(names, args.data_dir))
-    average = preset_average(args.tasks, scores)
+    scores = _scores(args, harness.load_tasks(names, args.data_dir))
+    average = harness.preset_average(args.tasks, scores)
     if args.json:
         print(json.dumps({"scores": [score.as_dict() for score in scores], "average": average, "absent": absent}))
         return
@@ -83,7 +87,7 @@ def _tasks(args):
 def _documents(args):
     if args.max_tokens is not None or args.reference is not None:
         raise InputError("--protocol lm-eval takes whole documents: no --max-tokens, and no --reference")
-    scores = _scores(args, whole_documents(_source(args), args.data_dir))
+    scores = _scores(args, measure.whole_documents(_source(args), args.data_dir))
     if args.json:
         print(json.dumps({"scores": [s.as_dict() for s in scores], "protocol": "lm-eval", "text": _source(args)}))
     else:
@@ -95,7 +99,7 @@ def _scores(args, tasks):
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    return task_scores(args.path, tasks, cache=args.cache, **counts, **_how(args))
+    return measure.task_scores(args.path, tasks, cache=args.cache or measure.default_cache(), **counts, **_how(args))
 
 
 def _score_table(scores, more):
@@ -108,16 +112,17 @@ def _plus_minus(error):
 
 
 def _windows(args):
-    model = open_streamed(args.path, **_how(args))
+    model = measure.open_streamed(args.path, **_how(args))
     cut = {"seqlen": args.seqlen, "max_tokens": args.max_tokens, "trust_remote_code": args.trust_remote_code}
-    windows, skip = protocol_windows(model, _source(args), args.protocol, **cut)
+    windows, skip = measure.protocol_windows(model, _source(args), args.protocol, **cut)
     with tempfile.TemporaryDirectory(prefix="ptq-") as folder:
-        spill = {"spill": Path(folder), "budget": default_budget()}
+        spill = {"spill": Path(folder), "budget": defaults.default_budget()}
         if args.reference is None:
-            result = measure_perplexity(model, windows, skip=skip, **spill)
+            result = perplexity.measure_perplexity(model, windows, skip=skip, **spill)
             lines = [_perplexity_line(result, args)]
         else:
-            result = measure_divergence(model, open_streamed(args.reference, **_how(args)), windows, skip=skip, **spill)
+            reference = measure.open_streamed(args.reference, **_how(args))
+            result = divergence.measure_divergence(model, reference, windows, skip=skip, **spill)
             lines = _divergence_lines(result, args)
     if args.json:
         print(json.dumps({**result.as_dict(), "protocol": args.protocol, "text": _source(args)}))

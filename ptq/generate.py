@@ -1,30 +1,31 @@
 """python -m ptq.generate: text from a model folder, quantized or not, as the file stands."""
 
-import argparse
 import gc
 import shutil
 import textwrap
 from itertools import zip_longest
 
-from transformers import TextStreamer
-
 from calibration.errors import InputError
 from ptq.console import run_command
-from ptq.continuation import NEW_TOKENS, continuation, prompt_tokens
-from ptq.load import LoadedModel, load_model
+from ptq.flags import Flags
+from ptq.lazy import Lazy
+
+transformers = Lazy("transformers")
+continuing = Lazy("ptq.continuation")
+loading = Lazy("ptq.load")
 
 GAP = "  |  "
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.generate", description=__doc__)
+    p = Flags("python -m ptq.generate", description=__doc__)
     p.add_argument("path", metavar="PATH", help="model folder or hub id")
     p.add_argument("--prompt", metavar="TEXT", required=True, help="what the text goes on from")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     p.add_argument("--compare", metavar="OTHER", help="a second artefact, printed beside the first")
     p.add_argument("--max-new-tokens", type=int, metavar="N",
-                   help=f"stop after so many (default: {NEW_TOKENS}, or what the context has room for)")  # fmt: skip
+                   help="stop after so many (default: 128, or what the context has room for)")  # fmt: skip
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability in all")
     p.add_argument("--seed", type=int, default=0, help="seed of the drawing")
@@ -44,7 +45,7 @@ def _generate(args):
     _check(args)
     if args.compare is None:
         loaded = _load(args.path, args)
-        streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = transformers.TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         _continue(loaded, args, streamer=streamer)
         return
     ids, texts = zip(*(_tokens_and_text(path, args) for path in (args.path, args.compare)), strict=True)
@@ -63,14 +64,14 @@ def _check(args):
         raise InputError(f"--seed {args.seed} is not in 0 to 2^32 - 1")
 
 
-def _load(path, args) -> LoadedModel:
-    return load_model(path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+def _load(path, args):
+    return loading.load_model(path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
 
 
 def _continue(loaded, args, **options) -> list[int]:
     drawing = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    ids = prompt_tokens(loaded, args.prompt, chat=args.chat)
-    return continuation(loaded, ids, max_new_tokens=args.max_new_tokens, **drawing, **options)
+    ids = continuing.prompt_tokens(loaded, args.prompt, chat=args.chat)
+    return continuing.continuation(loaded, ids, max_new_tokens=args.max_new_tokens, **drawing, **options)
 
 
 def _tokens_and_text(path, args):

@@ -10,12 +10,11 @@ from calibration.errors import InputError
 from calibration.tokens import heldout_tokens, is_token_file, leading_special_tokens
 from ptq.defaults import choose_device, choose_dtype, window_length
 from ptq.evaluation.harness import Score, answer_store, document_tasks, load_tasks, run_tasks
-from ptq.evaluation.perplexity import WINDOWS, prepare_windows
+from ptq.evaluation.perplexity import prepare_windows
+from ptq.evaluation.protocols import WINDOWS
 from ptq.load import load_model
 from ptq.reload import open_tokenizer, open_weights
 from ptq.streamed import StreamedModel
-
-PROTOCOLS = (*WINDOWS, "lm-eval")
 
 
 def default_cache() -> Path:

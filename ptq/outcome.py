@@ -11,10 +11,9 @@ from ptq.job import Job
 from ptq.load import LoadedModel
 from ptq.memory import peak_memory
 from ptq.report.facts import weight_histograms
-from ptq.report.files import write_card, write_page
+from ptq.report.files import REPORT, write_card, write_page
 from ptq.workdir import WorkFolder
 
-REPORT = "ptq_report.json"
 WHOLE_BYTES = 1 << 27  # a model of so many is held whole to say something; ptq.report does it for any
 PROMPT_TOKENS, SAID_TOKENS = 16, 48
 

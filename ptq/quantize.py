@@ -9,12 +9,15 @@ from pathlib import Path
 
 from calibration.corpora import CORPORA
 from calibration.errors import InputError
-from calibration.ranks import join_ranks
 from ptq.console import run_command, size_text, table
-from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.flags import Flags
+from ptq.ggml import GRID_TYPES
+from ptq.lazy import Lazy
 from ptq.mixture.recipes import MIXES
-from ptq.pipeline import Artefact, quantize_model
 from ptq.spec import CHECKPOINT_FORMATS, EFFORTS, METHODS, QuantSpec, omniquant_recipe, width
+
+pipeline = Lazy("ptq.pipeline")
+processes = Lazy("calibration.ranks")
 
 EXAMPLES = """examples:
   python -m ptq.quantize --bits 2 --group 128
@@ -30,9 +33,9 @@ An interrupted run leaves OUT.ptq-work; the same command with --resume goes on a
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser(
+    p = Flags(
         "python -m ptq.quantize", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--model", metavar="DIR|HUB_ID", help="Hugging Face model folder or hub id (default: embedded demo)")
@@ -64,7 +67,7 @@ def _add_grid(grid, defaults):
                       "gptq_v2: stores zero points as they are\n"
                       "gguf: one file for llama.cpp; --type chooses the grid")  # fmt: skip
     grid.add_argument("--type", type=str.upper, metavar="TYPE",
-                      help="gguf: " + " ".join(BLOCK_GRIDS)
+                      help="gguf: " + " ".join(GRID_TYPES)
                       + "\nfor all linears, or one of llama.cpp's mixes: " + " ".join(MIXES)
                       + "\n(default: by --bits: Q1_0, TQ1_0, Q2_K ... Q6_K, Q8_0)")  # fmt: skip
     grid.add_argument("--target-bpw", type=float, metavar="N",
@@ -137,7 +140,7 @@ def main(argv=None):
     """Runs the command line."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    ranks = join_ranks()
+    ranks = processes.join_ranks()
     start = ["python"] if ranks.size == 1 else ["torchrun", "--nproc-per-node", str(ranks.size)]
     command = shlex.join([*start, "-m", "ptq.quantize", *(flag for flag in argv if flag != "--resume")])
     again = "; the same command with --resume goes on"
@@ -167,7 +170,7 @@ def _quantize(args, command, ranks):
         pre_tokenizer=args.pre_tokenizer,
         seed=args.seed,
     )
-    artefact = quantize_model(
+    artefact = pipeline.quantize_model(
         args.model,
         spec,
         out=args.out,
@@ -197,8 +200,8 @@ def _bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
-def summary(artefact: Artefact) -> str:
-    """The closing table."""
+def summary(artefact) -> str:
+    """The closing table of an Artefact."""
     report = artefact.report
     bits, size, perplexity = report["bits_per_weight"], report["file_bytes"], report["perplexity"]
     rows = [("", "before", "after")]

@@ -18,7 +18,8 @@ from statistics import median
 
 import numpy as np
 
-from ptq.benchmark.random_model import SHAPES, write_random_model
+from ptq.benchmark.random_model import write_random_model
+from ptq.benchmark.shapes import SHAPES
 
 BASE = {"tokens": 8192, "depth": 2, "width": 1024}
 SEQLEN, VOCABULARY = 512, 4096

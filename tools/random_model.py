@@ -8,7 +8,8 @@ It has no tokenizer: give `ptq.quantize` token rows in a .npy file.
 import argparse
 from pathlib import Path
 
-from ptq.benchmark.random_model import SHAPES, write_random_model
+from ptq.benchmark.random_model import write_random_model
+from ptq.benchmark.shapes import SHAPES
 
 
 def main(argv=None):

@@ -13,8 +13,6 @@ except ModuleNotFoundError:  # Python 3.10
 
 from calibration.corpora import find_corpus
 from calibration.errors import InputError
-from calibration.tokens import is_token_file
-from ptq.baselines.cells import run_cell
 from ptq.baselines.grid import Cell, Grid, Model, Settings, in_order_of_cost
 from ptq.baselines.page import page
 from ptq.baselines.presets import KNOWN, PRESETS
@@ -23,13 +21,18 @@ from ptq.baselines.rows import measured_row
 from ptq.baselines.sections import build_sections
 from ptq.baselines.tables import long_csv, markdown
 from ptq.console import run_command
-from ptq.defaults import choose_device
 from ptq.demo import DEMO
+from ptq.evaluation.protocols import PROTOCOLS
 from ptq.evaluation.published.rows import SOURCES
 from ptq.evaluation.tasks import choose_tasks
-from ptq.measure import PROTOCOLS
+from ptq.flags import Flags
+from ptq.lazy import Lazy
 from ptq.spec import CHECKPOINT_FORMATS, METHODS, width
-from ptq.workdir import write_atomically
+
+tokens = Lazy("calibration.tokens")
+measuring = Lazy("ptq.baselines.cells")
+defaults = Lazy("ptq.defaults")
+workdir = Lazy("ptq.workdir")
 
 EXAMPLES = """examples:
   python -m ptq.baselines --preset bitdistiller --tasks --out tables/bitdistiller
@@ -47,9 +50,9 @@ DEMO_NAME, OWN_TASKS = "demo", ""
 PATH_STARTS = ("/", "./", "../", "~")  # no hub id begins so
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.baselines", description=__doc__, epilog=EXAMPLES,
+    p = Flags("python -m ptq.baselines", description=__doc__, epilog=EXAMPLES,
                                 formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables and finished cells are kept")
     p.add_argument("--config", type=Path, metavar="FILE", help="these flags as TOML; flags given beside it win")
@@ -102,7 +105,7 @@ def _baselines(args):
         _claim(args.out, settings)
         results: dict[Cell, dict] = {}
         for number, cell in enumerate(cells, 1):
-            results[cell] = run_cell(cell, settings, args.out / "cells" / cell.name, keep=args.keep)
+            results[cell] = measuring.run_cell(cell, settings, args.out / "cells" / cell.name, keep=args.keep)
             print(f"[{number}/{len(cells)}] {_line(cell, results[cell])}", flush=True)
             sections = build_sections(grids, settings, sources, results.get, stand_in=args.stand_in is not None)
             _write(args, settings, sources, sections)
@@ -195,11 +198,11 @@ def _check_names(cells, settings):
         if Path(source).is_file() or (source.startswith(PATH_STARTS) and not Path(source).expanduser().is_dir()):
             raise InputError(f"{source}: there is no such folder; a model is a folder or a hub id")
     for text in (*settings.texts, settings.calibration):
-        if not is_token_file(text):
+        if not tokens.is_token_file(text):
             find_corpus(text)
         elif not Path(text).is_file():
             raise InputError(f"{text}: no such file")
-    choose_device(settings.device)
+    defaults.choose_device(settings.device)
     if settings.tasks is not None:
         choose_tasks(settings.tasks, None if settings.data_dir is None else Path(settings.data_dir))
 
@@ -215,7 +218,7 @@ def _claim(out, settings):
     """Cells of other settings do not go into one table."""
     record, now = out / "settings.json", settings.as_dict()
     if not record.exists():
-        write_atomically(record, (json.dumps(now, indent=2) + "\n").encode())
+        workdir.write_atomically(record, (json.dumps(now, indent=2) + "\n").encode())
         return
     before = Settings().as_dict() | json.loads(record.read_bytes())
     changed = [f"{name} {before[name]!r} -> {value!r}" for name, value in now.items() if before[name] != value]
@@ -237,7 +240,7 @@ def _write(args, settings, sources, sections):
         ("csv", long_csv(sections)),
         ("html", page(title, head, sections)),
     ):
-        write_atomically(args.out / f"table.{kind}", text.encode())
+        workdir.write_atomically(args.out / f"table.{kind}", text.encode())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from calibration.errors import InputError
-from ptq.formats.gguf import TYPE_OF_BITS, check_type
-from ptq.grids.blocks import BLOCK_GRIDS
+from ptq.ggml import GRID_TYPES, TYPE_OF_BITS, check_type
 from ptq.spec import CHECKPOINT_FORMATS, METHODS, QuantSpec, omniquant_recipe
 
 FULL = "none"  # the method of a model that is measured as it is
@@ -183,7 +182,7 @@ class Grid:
                 if value not in known:
                     raise InputError(f"--{flag} {value}: is not one of {', '.join(known)}")
         for name in self.types:
-            check_type("types", name, BLOCK_GRIDS)
+            check_type("types", name, GRID_TYPES)
         if self.types and GGUF not in self.formats:
             raise InputError("--types are llama.cpp's: they need --formats gguf")
         if self.formats == (GGUF,) and not set(self.methods) & set(OF_BLOCKS):

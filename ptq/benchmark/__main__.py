@@ -6,16 +6,18 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from calibration.errors import InputError
-from ptq.benchmark.models import blocks_of, shape_blocks, write_first_blocks, write_shape
-from ptq.benchmark.random_model import SHAPES
-from ptq.benchmark.rates import measure_rates
-from ptq.benchmark.run import WALK, time_run
-from ptq.checkpoint import open_checkpoint
+from ptq.benchmark.shapes import SHAPES
 from ptq.console import run_command, size_text, table
+from ptq.flags import Flags
+from ptq.lazy import Lazy
 from ptq.spec import QuantSpec
+
+torch = Lazy("torch")
+checkpoints = Lazy("ptq.checkpoint")
+models = Lazy("ptq.benchmark.models")
+machine = Lazy("ptq.benchmark.rates")
+timing = Lazy("ptq.benchmark.run")
 
 EPILOG = """The floor of a phase is its operations over the rate of products, or its bytes over the rate of memory
 or disk, all measured first with the same number of threads; docs/speed.md has the counts. With one thread arithmetic
@@ -24,10 +26,10 @@ extrapolated from those that are.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
     defaults = QuantSpec()
-    p = argparse.ArgumentParser("python -m ptq.benchmark", description=__doc__, epilog=EPILOG,
+    p = Flags("python -m ptq.benchmark", description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     model = p.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=SHAPES, default="tinyllama-1.1b", help="random weights of a real shape")
@@ -62,13 +64,13 @@ def _benchmark(args):
     with tempfile.TemporaryDirectory(prefix="ptq-", dir=args.folder) as scratch:
         folder = Path(scratch)
         checkpoint, whole = _model(args, folder / "model")
-        rates = measure_rates(folder)
+        rates = machine.measure_rates(folder)
         text = {"samples": args.samples, "seqlen": args.seqlen}
-        run = time_run(checkpoint, spec, folder, rates, blocks=whole, **text)
+        run = timing.time_run(checkpoint, spec, folder, rates, blocks=whole, **text)
     subject = {"model": args.model or args.shape, "blocks": {"run": args.blocks, "whole": whole}, **text}
     facts = {**subject, "bits": args.bits, "group": args.group, "threads": torch.get_num_threads()}
     if args.json:
-        phases = {phase.name: asdict(phase) | {"ratio": phase.ratio} for phase in (*run.phases, run.sum(WALK))}
+        phases = {phase.name: asdict(phase) | {"ratio": phase.ratio} for phase in (*run.phases, run.sum(timing.WALK))}
         print(json.dumps({**facts, "rates": asdict(rates), "phases": phases, "peak_bytes": run.peak_bytes}))
     else:
         print(_text(facts, rates, run))
@@ -77,15 +79,15 @@ def _benchmark(args):
 def _model(args, folder):
     """(what is run, blocks of the whole model)."""
     if args.model is None:
-        whole = shape_blocks(args.shape)
+        whole = models.shape_blocks(args.shape)
     else:
-        source = open_checkpoint(args.model)
-        whole = blocks_of(source)
+        source = checkpoints.open_checkpoint(args.model)
+        whole = models.blocks_of(source)
     if args.blocks > whole:
         raise InputError(f"--blocks {args.blocks}: {args.model or args.shape} has {whole}")
     if args.model is None:
-        return write_shape(args.shape, folder, args.blocks), whole
-    return write_first_blocks(source, folder, args.blocks), whole
+        return models.write_shape(args.shape, folder, args.blocks), whole
+    return models.write_first_blocks(source, folder, args.blocks), whole
 
 
 def _text(facts, rates, run) -> str:
@@ -93,7 +95,7 @@ def _text(facts, rates, run) -> str:
     everything = run.sum([phase.name for phase in run.phases])
     rows = [("", "seconds", "processor", "floor", "ratio", f"all {whole} blocks")]
     rows += [_row(phase.name, phase) for phase in run.phases]
-    rows += [_row("forward + hessian + solve", run.sum(WALK)), _row("all", replace(everything, floor=None))]
+    rows += [_row("forward + hessian + solve", run.sum(timing.WALK)), _row("all", replace(everything, floor=None))]
     lines = [
         f"{facts['model']}: {blocks} of {whole} blocks, {facts['bits']} bits, groups of {facts['group']},"
         f" {facts['samples']} x {facts['seqlen']} tokens, threads: {facts['threads']}",

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from ptq.benchmark.random_model import SHAPES, write_random_model
+from ptq.benchmark.random_model import write_random_model
+from ptq.benchmark.shapes import SHAPES
 from ptq.checkpoint import Checkpoint, open_checkpoint
 from ptq.export.shards import Entry, write_checkpoint
 from ptq.families import family_of

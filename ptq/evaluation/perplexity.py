@@ -1,12 +1,4 @@
-"""Perplexity over windows of seqlen tokens that do not overlap, each on its own; protocols differ in what is scored.
-
-- `gptq`: joined text, every token of a window but the first is predicted from those before it in the window. The
-  harnesses of GPTQ, OmniQuant and EfficientQAT count the same tokens.
-- `llama.cpp`: the tool llama-perplexity. The first token of every window is replaced by bos where the tokenizer puts
-  one before a text, and only the second half of a window is scored: of 512 tokens the last 255.
-
-The third protocol, `lm-eval`, is the harness's (harness.py): whole documents, per word and per byte.
-"""
+"""Perplexity over windows of seqlen tokens, each on its own, by the protocols that have windows (protocols.py)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,8 +9,6 @@ import torch
 from calibration.errors import InputError
 from ptq.evaluation.stream import batches_of, final_states, scored_logits
 from ptq.streamed import StreamedModel
-
-WINDOWS = {"gptq": 2048, "llama.cpp": 512}  # the usual seqlen of each protocol
 
 
 @dataclass(frozen=True)

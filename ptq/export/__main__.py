@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 
 from ptq.console import run_command, size_text
-from ptq.convert import convert
+from ptq.flags import Flags
+from ptq.lazy import Lazy
+
+conversion = Lazy("ptq.convert")
 
 EPILOG = """what goes over without rounding again:
   1 bit, groups a multiple of 128         Q1_0
@@ -17,9 +20,9 @@ Anything else is refused: python -m ptq.quantize --format gguf --type TYPE solve
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.export", description=__doc__, epilog=EPILOG,
+    p = Flags("python -m ptq.export", description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     p.add_argument("path", metavar="DIR", help="GPTQ folder, or full-precision folder")
     p.add_argument("--format", choices=["gguf"], default="gguf", help="what to write (default: gguf)")
@@ -40,7 +43,7 @@ def main(argv=None):
 def _export(args):
     out = args.out or Path(f"{args.path.rstrip('/')}.gguf")
     types = {"ggml_type": args.type, "embed_type": args.embed_type, "pre_tokenizer": args.pre_tokenizer}
-    counts = convert(args.path, out, **types)
+    counts = conversion.convert(args.path, out, **types)
     told = ", ".join(f"{count} tensors {name}" for name, count in counts.most_common()) or "no tensor quantized"
     print(f"written: {out}, {size_text(out.stat().st_size)} ({told})")
 

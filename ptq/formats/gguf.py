@@ -17,6 +17,7 @@ from ptq.export.gguf.types import BY_NAME
 from ptq.export.gguf.writer import check_writable, write_gguf
 from ptq.export.runtimes import Runtime
 from ptq.formats.gptq import changed_tensors
+from ptq.ggml import TYPE_OF_BITS, check_type
 from ptq.gguf.weights import GgufCheckpoint
 from ptq.grids.blocks import BLOCK_GRIDS
 from ptq.grids.grid import BlockGrid
@@ -27,21 +28,10 @@ from ptq.qtensor import BlockTensor, digest
 from ptq.quantizers.rtn import round_fitted
 from ptq.reload import load_tokenizer
 
-TYPE_OF_BITS = {1: "Q1_0", 1.58: "TQ1_0", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 TYPES = (*BLOCK_GRIDS, *MIXES)
 EMBEDDINGS, HEADS = ("embed_tokens", "embed_in", "wte"), ("lm_head", "embed_out")
 OUTER_TYPES = (*BLOCK_GRIDS, *FLOAT_TYPES)
 CHUNK = 1 << 22  # weights of an embedding encoded at once
-
-
-def check_type(flag: str, name: str | None, known):
-    """Refuses a type that is none.
-
-    Raises:
-        InputError: Naming the flag and the types there are.
-    """
-    if name is not None and name not in known:
-        raise InputError(f"--{flag} {name!r} is not one of {', '.join(known)}")
 
 
 class GgufCodec:

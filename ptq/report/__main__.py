@@ -1,24 +1,25 @@
 """python -m ptq.report: draws OUT/report.html anew, with text of both models where the original is given."""
 
-import argparse
 import gc
 import json
 from pathlib import Path
 
 from calibration.errors import InputError
 from ptq.console import run_command
-from ptq.continuation import continuation, prompt_tokens
-from ptq.load import load_model
-from ptq.outcome import REPORT
-from ptq.report.files import PAGE, write_page
+from ptq.flags import Flags
+from ptq.lazy import Lazy
+from ptq.report.files import PAGE, REPORT, write_page
 from ptq.report.page import Generations
+
+continuing = Lazy("ptq.continuation")
+loading = Lazy("ptq.load")
 
 PROMPT = "The "
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Flags:
     """The command line's flags."""
-    p = argparse.ArgumentParser("python -m ptq.report", description=__doc__)
+    p = Flags("python -m ptq.report", description=__doc__)
     p.add_argument("out", type=Path, metavar="OUT", help="a folder that ptq.quantize wrote")
     p.add_argument("--model", metavar="DIR|HUB_ID", help="the full-precision model: what both say after the prompt")
     p.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"(default: {PROMPT!r})")
@@ -65,8 +66,10 @@ def read_report(out: Path) -> dict:
 
 
 def _said(path, args):
-    loaded = load_model(path, device=args.device, dtype=args.dtype)
-    new = continuation(loaded, prompt_tokens(loaded, args.prompt), max_new_tokens=args.max_new_tokens)
+    loaded = loading.load_model(path, device=args.device, dtype=args.dtype)
+    new = continuing.continuation(
+        loaded, continuing.prompt_tokens(loaded, args.prompt), max_new_tokens=args.max_new_tokens
+    )
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     del loaded
     gc.collect()  # one model in memory at a time

@@ -1,11 +1,11 @@
-"""The two files in an artefact's folder."""
+"""The files of a report in an artefact's folder: the record, and two made from it."""
 
 from pathlib import Path
 
 from ptq.report.card import card
 from ptq.report.page import Generations, page
 
-PAGE, CARD = "report.html", "README.md"
+REPORT, PAGE, CARD = "ptq_report.json", "report.html", "README.md"
 
 
 def write_page(folder: Path, report: dict, generations: Generations | None = None):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from ptq.benchmark.models import blocks_of, shape_blocks, write_first_blocks
 from ptq.benchmark.operations import FIT_OPERATIONS, Work, disk_bytes, memory_bytes, operations
-from ptq.benchmark.random_model import SHAPES
 from ptq.benchmark.run import Phase, Run, _growth, work_of
+from ptq.benchmark.shapes import SHAPES
 from ptq.checkpoint import open_checkpoint
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel

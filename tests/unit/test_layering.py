@@ -9,27 +9,24 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 OWN = ("calibration", "ptq")
 
+COMMAND = ("ptq.console", "ptq.flags", "ptq.lazy")  # what every command line is made of
 # What a module, or any module of a package, may import of our own besides its siblings. Top to bottom: nothing may
 # import what stands above it. A module that is missing here fails the test: say where it belongs.
 LAYERS = {
-    "ptq.quantize": (
-        "ptq.pipeline", "ptq.console", "ptq.grids.blocks", "ptq.mixture.recipes", "ptq.spec", "calibration",
-    ),
-    "ptq.evaluate": ("ptq.measure", "ptq.defaults", "ptq.console", "ptq.evaluation", "calibration"),
+    "ptq.quantize": ("ptq.pipeline", *COMMAND, "ptq.ggml", "ptq.mixture.recipes", "ptq.spec", "calibration"),
+    "ptq.evaluate": ("ptq.measure", "ptq.defaults", *COMMAND, "ptq.evaluation", "calibration"),
     "ptq.baselines.__main__": (
-        "ptq.baselines", "ptq.console", "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.measure", "ptq.spec",
-        "ptq.workdir", "calibration",
+        "ptq.baselines", *COMMAND, "ptq.defaults", "ptq.demo", "ptq.evaluation", "ptq.spec", "ptq.workdir",
+        "calibration",
     ),
-    "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", "ptq.console", "ptq.spec", "calibration"),
-    "ptq.report.__main__": (
-        "ptq.continuation", "ptq.load", "ptq.outcome", "ptq.report", "ptq.console", "calibration",
-    ),
-    "ptq.export.__main__": ("ptq.convert", "ptq.console"),
-    "ptq.generate": ("ptq.continuation", "ptq.load", "ptq.console", "calibration"),
-    "ptq": ("ptq.pipeline", "ptq.spec"),
+    "ptq.benchmark.__main__": ("ptq.benchmark", "ptq.checkpoint", *COMMAND, "ptq.spec", "calibration"),
+    "ptq.report.__main__": ("ptq.continuation", "ptq.load", "ptq.report", *COMMAND, "calibration"),
+    "ptq.export.__main__": ("ptq.convert", *COMMAND),
+    "ptq.generate": ("ptq.continuation", "ptq.load", *COMMAND, "calibration"),
+    "ptq": ("ptq.pipeline", "ptq.lazy", "ptq.spec"),
     "ptq.baselines": (
-        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.outcome", "ptq.pipeline", "ptq.evaluation", "ptq.formats",
-        "ptq.grids.blocks", "ptq.spec", "ptq.workdir", "calibration",
+        "ptq.defaults", "ptq.document", "ptq.measure", "ptq.outcome", "ptq.pipeline", "ptq.evaluation", "ptq.ggml",
+        "ptq.spec", "ptq.workdir", "calibration",
     ),
     "ptq.benchmark": (
         "ptq.checkpoint", "ptq.export.shards", "ptq.families", "ptq.grids", "ptq.outcome", "ptq.spec", "ptq.streamed",
@@ -58,11 +55,11 @@ LAYERS = {
         "calibration",
     ),
     "ptq.convert": (
-        "ptq.export", "ptq.formats", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
+        "ptq.export", "ptq.formats", "ptq.ggml", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
     ),
     "ptq.formats": (
-        "ptq.checkpoint", "ptq.export", "ptq.gguf", "ptq.grids", "ptq.mixture", "ptq.qtensor", "ptq.quantizers",
-        "ptq.reload", "calibration",
+        "ptq.checkpoint", "ptq.export", "ptq.ggml", "ptq.gguf", "ptq.grids", "ptq.mixture", "ptq.qtensor",
+        "ptq.quantizers", "ptq.reload", "calibration",
     ),
     "ptq.mixture": (
         "ptq.evaluation.stream", "ptq.export", "ptq.grids", "ptq.quantizers", "ptq.streamed", "calibration",
@@ -92,7 +89,10 @@ LAYERS = {
     "ptq.memory": (),
     "ptq.demo": ("calibration",),
     "ptq.document": (),
-    "ptq.console": ("calibration",),
+    "ptq.console": ("ptq.lazy", "calibration"),
+    "ptq.flags": (),
+    "ptq.ggml": ("calibration.errors",),
+    "ptq.lazy": (),
     "calibration": (),
 }  # fmt: skip
 COMMANDS = (
@@ -116,7 +116,7 @@ MODULES = sources()
 
 
 def imports(tree: ast.AST, modules=MODULES) -> set[str]:
-    """Dotted names of what is imported anywhere in a tree; a module, where `from package import module` names one."""
+    """Dotted names of what a tree imports, now or as a Lazy; a module, where `from package import module` names one."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -125,6 +125,8 @@ def imports(tree: ast.AST, modules=MODULES) -> set[str]:
             assert node.level == 0, f"line {node.lineno}: a relative import"
             full = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if name in modules else node.module for name in full}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Lazy":
+            names |= {argument.value for argument in node.args}
     return names
 
 
@@ -172,6 +174,11 @@ def test_a_module_imports_only_what_its_layer_may():
 
 def test_own_imports_stand_at_the_top():
     assert not {module: found for module, tree in MODULES.items() if (found := late_imports(tree))}
+
+
+def test_only_command_lines_wait_with_imports():
+    users = {module for module, tree in MODULES.items() if "ptq.lazy" in imports(tree)}
+    assert users == {*COMMANDS, "ptq", "ptq.console"}
 
 
 def test_nobody_imports_a_command_line():
@@ -230,6 +237,7 @@ def test_the_other_faults_are_seen():
     assert late_imports(ast.parse("def f():\n    if True:\n        from ptq.spec import QuantSpec")) == {"ptq.spec"}
     assert late_imports(ast.parse("class C:\n    import calibration.store")) == {"calibration.store"}
     assert bare_excepts(ast.parse("try:\n    pass\nexcept:\n    pass")) == [3]
+    assert imports(ast.parse('pipeline = Lazy("ptq.pipeline", freeze=False)')) == {"ptq.pipeline"}
     assert inside("pickle", PICKLES) and imports(ast.parse("from pickle import load")) == {"pickle"}
     with pytest.raises(CycleError):
         import_order({"ptq.a": ast.parse("import ptq.b"), "ptq.b": ast.parse("from ptq import a")})
