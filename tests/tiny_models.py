@@ -20,6 +20,8 @@ _GQA = _ROPE | {"num_key_value_heads": 2}
 _GPT = {"n_embd": 64, "n_inner": 128, "n_head": 4, "n_positions": 256}
 _GEMMA = _GQA | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 
+_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
 _SIZES = {
     "llama": _GQA,
     "mistral": _GQA | {"sliding_window": None},
@@ -33,6 +35,22 @@ _SIZES = {
     "phi3": _GQA | {"original_max_position_embeddings": 256},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gemma": _GQA | {"head_dim": 32},
+    "granite": _GQA | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "smollm3": _GQA | {"no_rope_layers": [1, 0]},
+    "seed_oss": _GQA | {"head_dim": 32, "attention_bias": True, "attention_out_bias": True},
+    "cwm": _GQA | _WINDOW | {"head_dim": 32},
+    "ernie4_5": _GQA | {"head_dim": 32},
+    "helium": _GQA | {"head_dim": 16},
+    "olmo2": _GQA,
+    "olmo3": _GQA | _WINDOW,
+    "exaone4": _GQA | _WINDOW | {"head_dim": 32},
+    "glm": _GQA | {"head_dim": 16},
+    "glm4": _GQA | {"head_dim": 32},
+    "starcoder2": _GQA | {"sliding_window": 16},
+    "nemotron": _GQA,
+    "arcee": _GQA,
+    "apertus": _GQA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 
 
@@ -55,7 +73,7 @@ def make_tiny(model_type, folder, *, dtype="float32", blocks=2, shards=1, seed=0
     _fill(model, torch.Generator().manual_seed(seed))
     model = model.to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
+    model.save_pretrained(folder, max_shard_size="1GB" if shards == 1 else size // shards)
     train_tokenizer().save_pretrained(folder)
     return folder
 
@@ -78,7 +96,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def _config_values(model_type, blocks, tie):
     values = _SIZES[model_type] | {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     values["n_layer" if model_type in ("gpt2", "gpt_bigcode") else "num_hidden_layers"] = blocks
-    if model_type.startswith("gemma"):
+    if model_type in ("gemma2", "gemma3_text"):
         values["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(blocks)]
     return values if tie is None else values | {"tie_word_embeddings": tie}
 

@@ -1,10 +1,10 @@
-"""Llama and Mistral: separate q, k, v and a gated MLP behind a norm each."""
+"""Llama, and what has its block: separate q, k, v and a gated MLP behind a norm each."""
 
 from ptq.families.family import Fold, ModelFamily
 
 LLAMA = ModelFamily(
     name="llama",
-    model_types=("llama", "mistral"),
+    model_types=("llama", "mistral", "granite", "smollm3", "seed_oss", "cwm"),
     blocks="model.layers",
     stages=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

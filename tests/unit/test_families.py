@@ -48,7 +48,7 @@ def test_tiny_model_is_a_usable_folder(model_type, tiny, tmp_path):
     folder = tiny(model_type)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
-        assert parameter.std() > 0.01, f"{name} is constant"
+        assert parameter.numel() == 1 or parameter.std() > 0.01, f"{name} is constant"
     assert (folder / "generation_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(TEXT)
@@ -68,12 +68,12 @@ def test_tiny_model_variants(tmp_path, tiny):
 
 
 def test_unknown_model_type_lists_the_known_ones():
-    with pytest.raises(InputError, match="'bloom' is not a known family; known: gemma2, .*gpt_bigcode, .*qwen3$"):
+    with pytest.raises(InputError, match="'bloom' is not a known family; known: apertus, .*gpt_bigcode, .*starcoder2$"):
         family_of({"model_type": "bloom"})
     with pytest.raises(InputError, match=r"\['llama'\] is not a known family"):
         family_of({"model_type": ["llama"]})
 
 
 def test_config_without_model_type():
-    with pytest.raises(InputError, match="no model_type; known: gemma2, .*qwen3$"):
+    with pytest.raises(InputError, match="no model_type; known: apertus, .*starcoder2$"):
         family_of({"hidden_size": 64})
