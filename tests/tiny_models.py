@@ -36,9 +36,11 @@ _SIZES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma": _GQA | {"head_dim": 32},
-    "granite": _GQA | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "smollm3": _GQA | {"no_rope_layers": [1, 0]},
-    "seed_oss": _GQA | {"head_dim": 32, "attention_bias": True, "attention_out_bias": True},
+    "granite": _GQA
+    | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+    | {"attention_multiplier": 0.2},
+    "smollm3": _GQA,
+    "seed_oss": _GQA | {"head_dim": 32, "attention_bias": True, "attention_out_bias": False},
     "cwm": _GQA | _WINDOW | {"head_dim": 32},
     "ernie4_5": _GQA | {"head_dim": 32},
     "helium": _GQA | {"head_dim": 16},
@@ -47,7 +49,7 @@ _SIZES = {
     "exaone4": _GQA | _WINDOW | {"head_dim": 32},
     "glm": _GQA | {"head_dim": 16},
     "glm4": _GQA | {"head_dim": 32},
-    "starcoder2": _GQA | {"sliding_window": 16},
+    "starcoder2": _GQA,
     "nemotron": _GQA,
     "arcee": _GQA,
     "apertus": _GQA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},

@@ -48,6 +48,8 @@ class GgufArchitecture:
         window_period: Every so many blocks one has full attention, the others a sliding window; 0: no windows.
         wide_scale_blocks: With so many blocks, q is scaled by hidden_size / heads instead of the head's width.
         separate_head: Whether a head apart from the embedding can be stored.
+        unturned_period: Every so many blocks one has no rotary positions; 0: all have.
+        unwindowed: A sliding window that the model has is not computed: the context ends where it begins to matter.
     """
 
     name: str
@@ -64,6 +66,8 @@ class GgufArchitecture:
     window_period: int = 0
     wide_scale_blocks: int = 0
     separate_head: bool = True
+    unturned_period: int = 0
+    unwindowed: bool = False
 
 
 _SIZES = (
@@ -81,11 +85,14 @@ _GPT_SIZES = (
     GgufKey("attention.head_count", "n_head"),
     GgufKey("attention.layer_norm_epsilon", "layer_norm_epsilon", float),
 )
+_KV_HEADS = GgufKey("attention.head_count_kv", "num_key_value_heads")
 _RMS_GQA = (
-    GgufKey("attention.head_count_kv", "num_key_value_heads"),
+    _KV_HEADS,
     GgufKey("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
 )
 _HEAD_WIDTH = (GgufKey("attention.key_length", "head_dim"), GgufKey("attention.value_length", "head_dim"))
+_LLAMA_BIASES = (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_gate.bias"))
+_NO_BIASES = (("attention_bias", False), ("mlp_bias", False))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
 
 LLAMA = GgufArchitecture(
@@ -93,7 +100,73 @@ LLAMA = GgufArchitecture(
     model_type="llama",
     keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
     permuted=True,
-    biases=(("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_gate.bias")),
+    biases=_LLAMA_BIASES,
+    unwindowed=True,  # Mistral's
+)
+SMOLLM3 = GgufArchitecture(
+    name="smollm3",
+    model_type="smollm3",
+    keys=(*_SIZES, *_RMS_GQA),
+    fixed=(*_NO_BIASES, ("use_sliding_window", False)),
+    permuted=True,
+    unturned_period=4,
+)
+GRANITE = GgufArchitecture(
+    name="granite",
+    model_type="granite",
+    keys=(
+        *_SIZES,
+        *_RMS_GQA,
+        *_HEAD_WIDTH,
+        GgufKey("attention.scale", "attention_multiplier", float),
+        GgufKey("embedding_scale", "embedding_multiplier", float, default=1.0),
+        GgufKey("residual_scale", "residual_multiplier", float, default=1.0),
+        GgufKey("logit_scale", "logits_scaling", float),
+    ),
+    permuted=True,
+    biases=_LLAMA_BIASES,
+)
+ARCEE = GgufArchitecture(
+    name="arcee",
+    model_type="arcee",
+    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
+    fixed=_NO_BIASES,
+    activations=("relu2",),
+    permuted=True,
+)
+ERNIE = GgufArchitecture(
+    name="ernie4_5",
+    model_type="ernie4_5",
+    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
+    fixed=(("use_bias", False),),
+)
+GLM4 = GgufArchitecture(
+    name="glm4",
+    model_type="glm4",
+    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
+    biases=(("attention_bias", "attn_q.bias"),),
+)
+SEED_OSS = GgufArchitecture(
+    name="seed_oss",
+    model_type="seed_oss",
+    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
+    fixed=(("attention_out_bias", False), ("mlp_bias", False)),
+    biases=(("attention_bias", "attn_q.bias"),),
+)
+OLMO2 = GgufArchitecture(
+    name="olmo2",
+    model_type="olmo2",
+    keys=(*_SIZES, *_RMS_GQA),
+    fixed=(("attention_bias", False), ("tie_word_embeddings", False)),
+)
+NEMOTRON = GgufArchitecture(
+    name="nemotron",
+    model_type="nemotron",
+    keys=(*_SIZES, _KV_HEADS, GgufKey("attention.layer_norm_epsilon", "norm_eps", float)),
+    fixed=(("tie_word_embeddings", False),),
+    activations=("relu2",),
+    norm_offset=1.0,
+    biases=(("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")),
 )
 QWEN2 = GgufArchitecture(
     name="qwen2",
@@ -110,11 +183,19 @@ QWEN3 = GgufArchitecture(
 STARCODER = GgufArchitecture(
     name="starcoder",
     model_type="gpt_bigcode",
-    keys=(*_GPT_SIZES, GgufKey("attention.head_count_kv", "num_key_value_heads")),
+    keys=(*_GPT_SIZES, _KV_HEADS),
     fixed=(("multi_query", True), ("scale_attn_weights", True)),
     activations=_TANH_GELU,
     activation="activation_function",
     rope=False,
+)
+STARCODER2 = GgufArchitecture(
+    name="starcoder2",
+    model_type="starcoder2",
+    keys=(*_SIZES, _KV_HEADS, GgufKey("attention.layer_norm_epsilon", "norm_epsilon", float)),
+    fixed=(("use_bias", True),),
+    activations=_TANH_GELU,
+    unwindowed=True,
 )
 GPT2 = GgufArchitecture(
     name="gpt2",
@@ -141,6 +222,15 @@ PHI3 = GgufArchitecture(
     name="phi3",
     model_type="phi3",
     keys=(*_SIZES, *_RMS_GQA, GgufKey("attention.sliding_window", "sliding_window", shapes=False, unset=0, default=0)),
+)
+GEMMA = GgufArchitecture(
+    name="gemma",
+    model_type="gemma",
+    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
+    fixed=(("attention_bias", False),),
+    activations=("gelu", *_TANH_GELU),  # computed in its tanh form, whatever the first files' config says
+    norm_offset=1.0,
+    separate_head=False,
 )
 GEMMA2 = GgufArchitecture(
     name="gemma2",
@@ -179,7 +269,10 @@ GEMMA3 = GgufArchitecture(
     wide_scale_blocks=62,
 )
 
-_MENU = (LLAMA, QWEN2, QWEN3, STARCODER, GPT2, GPT_NEOX, PHI3, GEMMA2, GEMMA3)
+_MENU = (
+    LLAMA, QWEN2, QWEN3, STARCODER, STARCODER2, GPT2, GPT_NEOX, PHI3, GEMMA, GEMMA2, GEMMA3, SMOLLM3, GRANITE,
+    ERNIE, GLM4, OLMO2, SEED_OSS, ARCEE, NEMOTRON,
+)  # fmt: skip
 
 BY_NAME: dict[str, GgufArchitecture] = {architecture.name: architecture for architecture in _MENU}
 BY_MODEL_TYPE = {architecture.model_type: architecture for architecture in _MENU} | {"mistral": LLAMA}

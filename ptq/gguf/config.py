@@ -48,7 +48,7 @@ class _Reader:
         architecture, tensors = self._architecture, self._file.tensors
         values = {key.name: self._read(key) for key in architecture.keys}
         blocks = self._number("block_count")
-        missing = [i for i in range(min(blocks, len(tensors) + 1)) if f"blk.{i}.attn_norm.weight" not in tensors]
+        missing = [i for i in range(min(blocks, len(tensors) + 1)) if f"blk.{i}.ffn_down.weight" not in tensors]
         if missing:
             raise self._refuse(f"block_count is {blocks}, but block {missing[0]} is not there")
         values["vocab_size"] = self._shape("token_embd.weight")[0]

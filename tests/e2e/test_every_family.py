@@ -39,7 +39,7 @@ CASES = {
     "gemma3_text": ("--bits 3 --group 48 --asym --no-act-order", {}),
     "gemma": ("--bits 4 --group 64", {"dtype": "bfloat16"}),
     "granite": ("--bits 4 --group 32 --asym", {}),
-    "smollm3": ("--bits 2 --group 64", {"dtype": "bfloat16"}),
+    "smollm3": ("--bits 2 --group 64", {"dtype": "bfloat16", "no_rope_layers": [1, 0]}),
     "seed_oss": ("--bits 4 --group 32", {}),
     "cwm": ("--bits 3 --group 32", {"shards": 2}),
     "ernie4_5": ("--bits 2 --group 32 --asym", {}),

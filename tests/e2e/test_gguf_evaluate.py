@@ -67,7 +67,7 @@ def test_mistakes_are_one_line(folder, capsys):
     refused(capsys, evaluate, [path, "--text", windows], "tiny.gguf", "outside its place")
     path.write_bytes(whole.replace(b"llama.block_count", b"llama.block_cound"))
     refused(capsys, evaluate, [path, "--text", windows], "llama.block_count is None")
-    path.write_bytes(whole.replace(b"blk.1.attn_norm", b"blk.7.attn_norm"))
+    path.write_bytes(whole.replace(b"blk.1.ffn_down.", b"blk.7.ffn_down."))
     refused(capsys, evaluate, [path, "--text", windows], "block 1 is not there")
     path.write_bytes(whole.replace(b"blk.1.ffn_up", b"blk.7.ffn_up"))
     refused(capsys, evaluate, [path, "--text", windows], "lacks", "layers.1.mlp.up_proj.weight")

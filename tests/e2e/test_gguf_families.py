@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, Keys, quants
 from llama_client import open_llama
@@ -23,11 +22,16 @@ from ptq.gguf.weights import GgufCheckpoint
 from ptq.reload import load_tokenizer
 
 WEIGHTS = "model.safetensors"
+UNWRITTEN = {"opt", "cwm", "helium", "olmo3", "exaone4", "glm", "apertus"}
 ROPE = {"rope_theta": 10000.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 # name: model_type and what differs from the tiny model's config
 CASES = {
-    **{model_type: (model_type, {}) for model_type in FAMILIES if model_type not in ("opt", "phi3")},
+    **{model_type: (model_type, {}) for model_type in FAMILIES if model_type not in UNWRITTEN | {"phi3"}},
+    "smollm3-deep": ("smollm3", {"blocks": 5}),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "glm4-biases": ("glm4", {"attention_bias": True}),
+    "nemotron-biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     "phi-plain": ("phi3", {}),  # not "phi3": llama.cpp would look for that model's special tokens
     "phi-partial": ("phi3", {"rope_parameters": ROPE | {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "phi-longrope": (
@@ -80,12 +84,7 @@ TOLERANCE = {"silu": 5e-6, "gelu": 1e-3}
 def make_case(name, folder):
     """The tiny model of a case."""
     model_type, changes = CASES[name]
-    before = tiny_models._SIZES[model_type]
-    tiny_models._SIZES[model_type] = before | changes
-    try:
-        return make_tiny(model_type, folder)
-    finally:
-        tiny_models._SIZES[model_type] = before
+    return make_tiny(model_type, folder, **changes)
 
 
 def write(path, source, encoded=None, **options):
@@ -241,6 +240,10 @@ def test_floats_are_rounded_once_and_vectors_stay_whole(tmp_path, float_type, dt
         ("opt", {}, "model_type 'opt'"),
         ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias is True"),
+        ("nemotron", {"head_dim": 32}, "head_dim is 32; llama.cpp's nemotron computes with 16"),
+        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window is True"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
         ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar is 16"),
@@ -253,9 +256,8 @@ def test_floats_are_rounded_once_and_vectors_stay_whole(tmp_path, float_type, dt
         ),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, monkeypatch, model_type, changes, words):
-    monkeypatch.setitem(tiny_models._SIZES, model_type, tiny_models._SIZES[model_type] | changes)
-    source = make_tiny(model_type, tmp_path / "source")
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, model_type, changes, words):
+    source = make_tiny(model_type, tmp_path / "source", **changes)
     with pytest.raises(InputError, match=words):
         write(tmp_path / "model.gguf", source)
     assert not list(tmp_path.glob("model.gguf*"))
@@ -268,10 +270,9 @@ def test_the_name_of_phi3_promises_its_tokens(tmp_path):
     write(tmp_path / "model.gguf", source.rename(tmp_path / "mini"))
 
 
-def test_a_sliding_window_that_llama_cpp_lacks_bounds_the_context(tmp_path, monkeypatch):
-    sizes = tiny_models._SIZES["mistral"] | {"sliding_window": 16}
-    monkeypatch.setitem(tiny_models._SIZES, "mistral", sizes)
-    source = make_tiny("mistral", tmp_path / "source")
+@pytest.mark.parametrize("model_type", ["mistral", "starcoder2"])
+def test_a_sliding_window_that_llama_cpp_lacks_bounds_the_context(tmp_path, model_type):
+    source = make_tiny(model_type, tmp_path / "source", sliding_window=16)
     assert GgufCheckpoint(write(tmp_path / "model.gguf", source)).config["max_position_embeddings"] == 16
 
 
@@ -298,7 +299,7 @@ def test_the_table_speaks_the_package_s_words():
     for architecture in BY_NAME.values():
         assert architecture.name in MODEL_ARCH_NAMES.values()
         assert all("{arch}." + key.key in known for key in architecture.keys)
-    assert set(BY_MODEL_TYPE) == set(FAMILIES) - {"opt"}
+    assert set(BY_MODEL_TYPE) == set(FAMILIES) - UNWRITTEN
 
 
 def test_names_and_buffers_of_hub_files(tmp_path):

@@ -39,7 +39,7 @@ def to_metadata(config) -> dict[str, Value]:
     values["vocab_size"] = config.vocab_size
     if architecture.window_period:
         values[WINDOW_PATTERN] = [kind == "sliding_attention" for kind in config.layer_types]
-    if config.model_type == "mistral" and config.sliding_window:  # up to there the window is the whole context
+    if architecture.unwindowed and getattr(config, "sliding_window", None):  # up to there it is the whole context
         values["context_length"] = min(config.sliding_window, config.max_position_embeddings)
     if architecture.rope:
         values |= _rope_values(architecture, config)
@@ -105,6 +105,13 @@ def _check_agrees(architecture, config):
     activation = getattr(config, architecture.activation)
     if activation not in architecture.activations:
         raise _refusal(architecture, architecture.activation, activation, " or ".join(architecture.activations))
+    plain = config.hidden_size // config.num_attention_heads
+    if all(key.name != "head_dim" for key in architecture.keys) and head_width(config) != plain:
+        raise _refusal(architecture, "head_dim", head_width(config), plain)
+    if architecture.unturned_period:
+        turned = [int((i + 1) % architecture.unturned_period != 0) for i in range(config.num_hidden_layers)]
+        if config.no_rope_layers != turned:
+            raise _refusal(architecture, "no_rope_layers", config.no_rope_layers, turned)
     if architecture.window_period:
         sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_width(config)
         width = attention_scale_width(architecture, *sizes)
