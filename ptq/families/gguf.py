@@ -140,12 +140,6 @@ ERNIE = GgufArchitecture(
     keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
     fixed=(("use_bias", False),),
 )
-GLM4 = GgufArchitecture(
-    name="glm4",
-    model_type="glm4",
-    keys=(*_SIZES, *_RMS_GQA, *_HEAD_WIDTH),
-    biases=(("attention_bias", "attn_q.bias"),),
-)
 SEED_OSS = GgufArchitecture(
     name="seed_oss",
     model_type="seed_oss",
@@ -271,7 +265,7 @@ GEMMA3 = GgufArchitecture(
 
 _MENU = (
     LLAMA, QWEN2, QWEN3, STARCODER, STARCODER2, GPT2, GPT_NEOX, PHI3, GEMMA, GEMMA2, GEMMA3, SMOLLM3, GRANITE,
-    ERNIE, GLM4, OLMO2, SEED_OSS, ARCEE, NEMOTRON,
+    ERNIE, OLMO2, SEED_OSS, ARCEE, NEMOTRON,
 )  # fmt: skip
 
 BY_NAME: dict[str, GgufArchitecture] = {architecture.name: architecture for architecture in _MENU}

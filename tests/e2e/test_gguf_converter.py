@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
 PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 VOCABULARIES = {  # of a case: in the shared folder, or in the package
     "gpt2": "gpt2", "gpt_neox": "gpt2", "neox-serial": "gpt2", "gpt_bigcode": "starcoder", "qwen2": "qwen2",
-    "qwen2-yarn": "qwen2", "qwen3": "qwen2", "llama-3": "llama-bpe",
+    "qwen2-yarn": "qwen2", "qwen3": "qwen2", "llama-3": "llama-bpe", "starcoder2": "starcoder", "olmo2": "gpt2",
+    "seed_oss": "qwen2",
 }  # fmt: skip
 SENTENCEPIECE = "llama2-spm"  # of all other cases: with a tokenizer.model, which the converter wants of them
 OLDER_NAMES = {  # what the hub's config.json say and newer transformers leave out, as the converter wants them
@@ -42,11 +43,18 @@ CARD = "---\nlicense: mit\ntags: [code]\nlanguage: [en]\n---\nA card.\n"
 # "<architecture> <key>", each with its reason in docs/formats.md. Nothing else may differ.
 ONLY_OURS = ["* tokenizer.huggingface.json", "* *.vocab_size", "* *.rope.dimension_count", "* *.rope.freq_base",
              "* tokenizer.ggml.add_*_token", "* tokenizer.ggml.add_space_prefix", "* *.rope.scaling.attn_factor",
-             "phi3 *.rope.scaling.type", "gemma? *.attention.sliding_window_pattern",
+             "phi3 *.rope.scaling.type", "gemma? *.attention.sliding_window_pattern", "granite *.attention.*_length",
              "gemma3 *.final_logit_softcapping", "gptneox general.file_type"]  # fmt: skip
-ONLY_THEIRS = ["* tokenizer.ggml.add_sep_token", "phi3 *.rope.scaling.original_context_length",
+ONLY_THEIRS = ["gemma tokenizer.ggml.eot_token_id", "nemotron *.attention.*", "nemotron *.rope.scaling.type",
+               "nemotron tokenizer.ggml.padding_token_id", "* tokenizer.ggml.add_sep_token",
+               "phi3 *.rope.scaling.original_context_length",
                "* *.rope.scaling.yarn_attn_factor"]  # fmt: skip
-DIFFERENT = ["* tokenizer.ggml.scores", "gemma? tokenizer.ggml.add_space_prefix", "phi3 tokenizer.ggml.token_type"]
+DIFFERENT = [
+    "* tokenizer.ggml.scores",
+    "gemma* tokenizer.ggml.add_space_prefix",
+    "phi3 tokenizer.ggml.token_type",
+    "nemotron tokenizer.ggml.unknown_token_id",
+]
 NORMAL_END = "'</s>' was not control-type"  # a token of Qwen's that text may hold; its own file is warned of too
 
 
@@ -121,7 +129,7 @@ def test_the_same_file(tmp_path, shared, llama_cpp, case):
         known = ONLY_OURS if pair[1] is None else ONLY_THEIRS if pair[0] is None else DIFFERENT
         if not same(*pair) and not matches(f"{architecture} {key}", known):
             problems[key] = tuple(str(value)[:80] for value in pair)
-    assert not problems
+    assert not problems, str(problems)
     assert list(ours.tensors) == list(theirs.tensors)
     for name, tensor in ours.tensors.items():
         assert (tensor.shape, tensor.ggml_type) == (theirs.tensors[name].shape, theirs.tensors[name].ggml_type)

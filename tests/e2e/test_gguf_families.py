@@ -22,7 +22,7 @@ from ptq.gguf.weights import GgufCheckpoint
 from ptq.reload import load_tokenizer
 
 WEIGHTS = "model.safetensors"
-UNWRITTEN = {"opt", "cwm", "helium", "olmo3", "exaone4", "glm", "apertus"}
+UNWRITTEN = {"opt", "cwm", "helium", "olmo3", "exaone4", "glm", "glm4", "apertus"}
 ROPE = {"rope_theta": 10000.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 # name: model_type and what differs from the tiny model's config
@@ -30,7 +30,6 @@ CASES = {
     **{model_type: (model_type, {}) for model_type in FAMILIES if model_type not in UNWRITTEN | {"phi3"}},
     "smollm3-deep": ("smollm3", {"blocks": 5}),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
-    "glm4-biases": ("glm4", {"attention_bias": True}),
     "nemotron-biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     "phi-plain": ("phi3", {}),  # not "phi3": llama.cpp would look for that model's special tokens
     "phi-partial": ("phi3", {"rope_parameters": ROPE | {"rope_type": "default", "partial_rotary_factor": 0.5}}),
