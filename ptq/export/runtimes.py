@@ -20,6 +20,8 @@ UNREAD = {  # (runtime, model_type): what it does with a GPTQ file of that archi
     (TRANSFORMERS, "gpt2"): "its GPT-2 code asks a packed linear for its weight",
     (TRANSFORMERS, "gpt_bigcode"): "its GPTBigCode code asks a packed linear for its weight",
     (GPTQMODEL, "phi3"): "it looks for gate_proj and up_proj where Phi-3 files have gate_up_proj",
+    (GPTQMODEL, "glm"): "it looks for gate_proj and up_proj where GLM files have gate_up_proj",
+    (GPTQMODEL, "glm4"): "it looks for gate_proj and up_proj where GLM files have gate_up_proj",
     (GPTQMODEL, "gpt_neox"): "it leaves out the head, which GPT-NeoX files call embed_out",
 }
 
