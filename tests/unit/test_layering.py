@@ -70,7 +70,7 @@ LAYERS = {
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.stages",
         "ptq.streamed", "ptq.streams", "ptq.workdir", "calibration",
     ),
-    "ptq.streams": ("ptq.streamed", "calibration"),
+    "ptq.streams": ("ptq.memory", "ptq.streamed", "calibration"),
     "ptq.stages": ("ptq.clock", "ptq.quantizers", "ptq.streamed", "calibration"),
     "ptq.blockwise": ("ptq.export.shards", "ptq.quantizers", "calibration"),
     "ptq.reload": ("ptq.checkpoint", "ptq.export", "ptq.families", "ptq.gguf", "ptq.qtensor", "calibration"),
