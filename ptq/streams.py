@@ -18,7 +18,7 @@ from calibration.store import ActivationStore
 from ptq.memory import release_freed
 from ptq.streamed import StreamedModel
 
-RELEASE_EVERY = 4  # batches; what they freed lies between what halted forwards keep, and is a tenth of a small run's peak
+RELEASE_EVERY = 4  # batches: what they freed lies between what halted forwards keep, and was a tenth of a small peak
 
 
 def rows_of_batch(model: StreamedModel, tokens: torch.Tensor) -> int:
