@@ -11,8 +11,8 @@ from ptq.flags import Flags
 from ptq.lazy import Lazy
 
 transformers = Lazy("transformers")
-continuing = Lazy("ptq.continuation")
-loading = Lazy("ptq.load")
+continuation = Lazy("ptq.continuation")
+load = Lazy("ptq.load")
 
 GAP = "  |  "
 
@@ -65,13 +65,13 @@ def _check(args):
 
 
 def _load(path, args):
-    return loading.load_model(path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    return load.load_model(path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
 
 
 def _continue(loaded, args, **options) -> list[int]:
     drawing = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    ids = continuing.prompt_tokens(loaded, args.prompt, chat=args.chat)
-    return continuing.continuation(loaded, ids, max_new_tokens=args.max_new_tokens, **drawing, **options)
+    ids = continuation.prompt_tokens(loaded, args.prompt, chat=args.chat)
+    return continuation.continuation(loaded, ids, max_new_tokens=args.max_new_tokens, **drawing, **options)
 
 
 def _tokens_and_text(path, args):

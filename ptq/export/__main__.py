@@ -7,7 +7,7 @@ from ptq.console import run_command, size_text
 from ptq.flags import Flags
 from ptq.lazy import Lazy
 
-conversion = Lazy("ptq.convert")
+convert = Lazy("ptq.convert")
 
 EPILOG = """what goes over without rounding again:
   1 bit, groups a multiple of 128         Q1_0
@@ -43,7 +43,7 @@ def main(argv=None):
 def _export(args):
     out = args.out or Path(f"{args.path.rstrip('/')}.gguf")
     types = {"ggml_type": args.type, "embed_type": args.embed_type, "pre_tokenizer": args.pre_tokenizer}
-    counts = conversion.convert(args.path, out, **types)
+    counts = convert.convert(args.path, out, **types)
     told = ", ".join(f"{count} tensors {name}" for name, count in counts.most_common()) or "no tensor quantized"
     print(f"written: {out}, {size_text(out.stat().st_size)} ({told})")
 

@@ -11,8 +11,8 @@ from ptq.lazy import Lazy
 from ptq.report.files import PAGE, REPORT, write_page
 from ptq.report.page import Generations
 
-continuing = Lazy("ptq.continuation")
-loading = Lazy("ptq.load")
+continuation = Lazy("ptq.continuation")
+load = Lazy("ptq.load")
 
 PROMPT = "The "
 
@@ -66,9 +66,9 @@ def read_report(out: Path) -> dict:
 
 
 def _said(path, args):
-    loaded = loading.load_model(path, device=args.device, dtype=args.dtype)
-    new = continuing.continuation(
-        loaded, continuing.prompt_tokens(loaded, args.prompt), max_new_tokens=args.max_new_tokens
+    loaded = load.load_model(path, device=args.device, dtype=args.dtype)
+    new = continuation.continuation(
+        loaded, continuation.prompt_tokens(loaded, args.prompt), max_new_tokens=args.max_new_tokens
     )
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     del loaded
