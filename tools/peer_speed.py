@@ -62,8 +62,8 @@ def commands(name, args, out):
     if name in OURS:
         text = ["--calibration", args.calibration, "--heldout", "none"]
         grid = ["--model", args.model, "--bits", args.bits, "--group", args.group, "--out", out]
-        module = [sys.executable, "-m", "ptq.quantize"]
-        return [*module, *grid, *text, *OURS[name]], [*module, "--help"]
+        run = [sys.executable, "-m", "ptq.quantize", *grid, *text, *OURS[name]]
+        return run, [sys.executable, "-c", "import ptq.pipeline"]
     tool, python = TOOLS[name], args.python[TOOLS[name].environment]
     given = ["--model", args.model, "--calib", args.calibration, "--bits", args.bits, "--group", args.group]
     run = [python, args.scripts / tool.script, *given, "--threads", args.threads, "--out", out, *tool.options]
