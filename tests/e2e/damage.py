@@ -27,9 +27,7 @@ def refused(capsys, program, arguments, *words):
 
 def assert_one_line(text, *words):
     lines = text.splitlines()
-    if lines and lines[0].startswith("usage:"):  # argparse prints how to call it, then the one line
-        lines = lines[-1:]
-    assert len(lines) == 1 and "error: " in lines[0], text
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
     for word in words:
         assert word in lines[0], lines[0]
 

@@ -81,7 +81,7 @@ MODELS = {
     "countless blocks": (config(num_hidden_layers=2**31), "num_hidden_layers is 2147483648; the checkpoint has 21"),
     "unknown activation": (config(hidden_act="nope"), "config.json: transformers cannot build"),
     "no model_type": (config(model_type=None), "no model_type; known: "),
-    "unknown model_type": (config(model_type="bert"), "'bert' is not a known family; known: gemma2"),
+    "unknown model_type": (config(model_type="bert"), "'bert' is not a known family; known: apertus"),
     "remote code only": (config(**REMOTE), "'mystery'", "--trust-remote-code"),
     "quantized already": (config(quantization_config={"quant_method": "awq"}), "is quantized already"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
