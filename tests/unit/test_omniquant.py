@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import ptq.blockwise
+import ptq.pipeline
 import ptq.quantizers.omniquant.block
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
@@ -247,7 +248,9 @@ def test_activations_that_overflow_are_named(tiny, tmp_path, monkeypatch):
 
 def test_the_command_line_takes_the_papers_settings(monkeypatch):
     specs = []
-    monkeypatch.setattr(quantize, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt())
+    monkeypatch.setattr(
+        ptq.pipeline, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt()
+    )
     for flags in (
         ["--bits", "2"],
         ["--bits", "3"],

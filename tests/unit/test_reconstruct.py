@@ -7,6 +7,7 @@ import torch
 from test_columns import one_thread  # noqa: F401
 
 import ptq.blockwise
+import ptq.pipeline
 import ptq.streams
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
@@ -221,7 +222,9 @@ def test_a_run_that_diverges_keeps_the_block_and_goes_on(tiny, tmp_path, monkeyp
 
 def test_effort_on_the_command_line(monkeypatch, capsys):
     specs = []
-    monkeypatch.setattr(quantize, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt())
+    monkeypatch.setattr(
+        ptq.pipeline, "quantize_model", lambda model, spec, **options: specs.append(spec) or interrupt()
+    )
     plain = [], ["--effort", "fast"], ["--effort", "balanced"], ["--effort", "best", "--bits", "3", "--asym"]
     for flags in (*plain, ["--effort", "best", "--format", "gguf"]):
         with pytest.raises(SystemExit):
