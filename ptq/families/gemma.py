@@ -5,33 +5,21 @@ Gemma 3 rotary tables) differ by block.
 """
 
 from ptq.families.family import Fold, ModelFamily
-
-_QKV, _GATE_UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
-_STAGES = (_QKV, ("self_attn.o_proj",), _GATE_UP, ("mlp.down_proj",))
-
-
-def _folds(mlp_norm):
-    return (
-        Fold("input_layernorm", _QKV),
-        Fold("self_attn.v_proj", ("self_attn.o_proj",), "kv_head"),
-        Fold(mlp_norm, ("mlp.up_proj", "mlp.gate_proj")),
-        Fold("mlp.up_proj", ("mlp.down_proj",)),
-    )
-
+from ptq.families.parts import GATED, NORM_TO_GATED, NORM_TO_QKV, UP_TO_DOWN, VALUES
 
 GEMMA = ModelFamily(
     name="gemma",
     model_types=("gemma",),
     blocks="model.layers",
-    stages=_STAGES,
-    folds=_folds("post_attention_layernorm"),
+    stages=GATED,
+    folds=(NORM_TO_QKV, VALUES, NORM_TO_GATED, UP_TO_DOWN),
     norm_offset=1.0,
 )
 GEMMA2 = ModelFamily(
     name="gemma2",
     model_types=("gemma2", "gemma3_text"),
     blocks="model.layers",
-    stages=_STAGES,
-    folds=_folds("pre_feedforward_layernorm"),
+    stages=GATED,
+    folds=(NORM_TO_QKV, VALUES, Fold("pre_feedforward_layernorm", ("mlp.up_proj", "mlp.gate_proj")), UP_TO_DOWN),
     norm_offset=1.0,
 )

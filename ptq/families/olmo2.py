@@ -3,20 +3,13 @@
 In OLMo 3 and EXAONE 4 some blocks have a sliding window.
 """
 
-from ptq.families.family import Fold, ModelFamily
+from ptq.families.family import ModelFamily
+from ptq.families.parts import GATED, UP_TO_DOWN, VALUES
 
 OLMO2 = ModelFamily(
     name="olmo2",
     model_types=("olmo2", "olmo3", "exaone4"),
     blocks="model.layers",
-    stages=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    folds=(
-        Fold("self_attn.v_proj", ("self_attn.o_proj",), "kv_head"),
-        Fold("mlp.up_proj", ("mlp.down_proj",)),
-    ),
+    stages=GATED,
+    folds=(VALUES, UP_TO_DOWN),
 )
