@@ -1,22 +1,22 @@
 """fp32 products in bf16 with fp32 sums, where the processor has instructions for them: two to three times as fast.
 
 Each factor is rounded to 8 bits on its way into the product, an error of 2^-9 of it at most, which is the error of a
-model run in bf16 but for what lies between products: that stays fp32. The two products of attention go by a kernel that
-takes bf16 and sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way
-back is slower in rows of 512 tokens. LOG.md has what it does to the result (nothing that is larger than the choice of
-text).
+model run in bf16 but for what lies between products: that stays fp32. LOG.md has what it does to the result (nothing
+that is larger than the choice of text).
 
 A linear that multiplies many batches is in bf16 altogether, what it gives rounded as well: its weight is then rounded
 once (`rounding_once`; `rounded_linears` for estimates, where the weights are not needed any more).
 
-With AMX oneDNN forms products of fp32 matrices so. With AVX512-BF16 alone it keeps such products in fp32, by kernels
-that on an AMD processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times
-as fast.
+With AMX oneDNN forms products of fp32 matrices so, and the two products of attention go by a kernel that takes bf16 and
+sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way back is slower in
+rows of 512 tokens. With AVX512-BF16 alone oneDNN keeps products of fp32 matrices in fp32, by kernels that on an AMD
+processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times as fast, but for
+attention, which is slower in it.
 """
 
 import weakref
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,12 +31,27 @@ COPY = "weight_in_bf16"  # among the buffers, which halted forwards share and do
 
 
 def has_bf16_units() -> bool:
-    """Whether this machine's processor has instructions for products of bf16 (AMX has both), and torch can use them."""
+    """Whether this machine's processor has instructions for products of bf16, and torch can use them."""
+    return "avx512_bf16" in _processor() and _switch() is not None
+
+
+def rounded_products() -> str:
+    """What `bf16_products` forms in bf16 here: all products, or linears alone where the processor has no AMX."""
+    return "bf16, as are linears" if _has_amx() else "linears in bf16"
+
+
+def _has_amx():
+    """Whether products of fp32 matrices are of bf16 factors; AVX512-BF16 is there then too."""
+    return "amx_bf16" in _processor()
+
+
+@cache
+def _processor():
+    """What Linux says of it, its flags among that."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return "avx512_bf16" in flags and _switch() is not None
+        return ""
 
 
 @contextmanager
@@ -152,9 +167,9 @@ def factor(matrix):
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, of bf16 factors; in fp32 where gradients are asked for."""
+    """Transformers' attention by torch's fused kernel, with AMX of bf16 factors; not where gradients are asked for."""
     factors = query, key, value
-    if query.device.type != "cpu" or query.dtype != torch.float32:
+    if query.device.type != "cpu" or query.dtype != torch.float32 or not _has_amx():
         return sdpa_attention_forward(module, *factors, attention_mask, **settings)
     if torch.is_grad_enabled():
         attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **settings)

@@ -30,8 +30,8 @@ from ptq.streamed import StreamedModel
 from ptq.tuning import fisher
 
 FP32, FP64 = 4, 8
-LATER = 215 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
-EARLY = 144 << 20  # the same until the walk begins; both measured at the shape of TinyLlama 1.1B
+LATER = 170 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
+EARLY = 80 << 20  # the same until the walk begins; both measured at the shape of TinyLlama 1.1B
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ class MemoryPlan:
     Attributes:
         activations: Bytes of activations in memory.
         sums_on_disk: Whether H and its sums, those of G, and G - H for a while, are in files.
+        limited: Whether resident memory is: what a forward frees then goes back to the system at once.
     """
 
     activations: int
-    sums_on_disk: bool
+    sums_on_disk: bool = False
+    limited: bool = False
 
 
 def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, windows) -> MemoryPlan:
@@ -69,7 +71,7 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, w
     for on_disk in (False, True):
         needed = resident + _most(model, spec, tokens, windows, on_disk)
         if needed <= limit:
-            return MemoryPlan(limit - needed, on_disk)
+            return MemoryPlan(limit - needed, on_disk, limited=True)
     less = ""
     if spec.weighs_outputs:
         plain = resident + _most(model, replace(spec, fisher_tokens=0), tokens, windows, on_disk=True)

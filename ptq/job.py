@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from calibration.errors import InputError
+from calibration.products import rounded_products
 from calibration.ranks import Ranks
 from calibration.tokens import CalibrationSet, heldout_tokens, is_token_file, sample_calibration
 from ptq.budget import MemoryPlan, plan_memory
@@ -75,7 +76,7 @@ class Job:
             "calibration": self.drawn and self.drawn.describe(),
             "own_rows": self.drawn and self.own_text.rows(self.drawn.tokens),
             "dtype": str(self.streamed.dtype),
-            "products": "bf16, as are linears" if self.bf16 else "as dtype",
+            "products": rounded_products() if self.bf16 else "as dtype",
             "device": self.streamed.device.type,
             "batch_tokens": self.streamed.batch_tokens,
             "ranks": self.ranks.size,
@@ -101,9 +102,10 @@ class Job:
 
     def walk(self, work: WorkFolder | Scratch, embed, tokens):
         """Walks this rank's share of calibration rows."""
+        plan = self.plan
         walk = Walk(
-            self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed,
-            budget=self.plan.activations, sums_on_disk=self.plan.sums_on_disk, ranks=self.ranks, bf16=self.bf16,
+            self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed, budget=plan.activations,
+            sums_on_disk=plan.sums_on_disk, limited=plan.limited, ranks=self.ranks, bf16=self.bf16,
         )  # fmt: skip
         walk.run(tokens)
 
@@ -158,7 +160,7 @@ def _plan(activation_budget, max_memory, streamed, spec, tokens, windows) -> Mem
     if budget < 0:
         raise InputError(f"activation memory {budget} is negative; 0 keeps everything on disk")
     if max_memory is None:
-        return MemoryPlan(budget, sums_on_disk=False)
+        return MemoryPlan(budget)
     plan = plan_memory(max_memory, resident_memory(), streamed, spec, tokens, windows)
     return replace(plan, activations=min(budget, plan.activations))
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers of the options
 LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 HELD = 16 << 20  # free pages at the heap's end that are kept: without, every large temporary's are new ones
+LARGE_IN_FORWARDS, HELD_IN_FORWARDS = 32 << 20, 64 << 20  # glibc allows no larger blocks to be kept
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -40,10 +42,28 @@ def return_large_blocks() -> None:
 
     glibc moves its own limit up to 32 MB once such a block has been freed, and keeps those below it.
     """
+    _limit(LARGE, HELD)
+
+
+@contextmanager
+def large_blocks_kept():
+    """While it is open, larger ones are kept as well, for what makes blocks of the same sizes again and again.
+
+    Whoever opens it calls `release_freed` meanwhile. In the end all goes back.
+    """
+    _limit(LARGE_IN_FORWARDS, HELD_IN_FORWARDS)
+    try:
+        yield
+    finally:
+        return_large_blocks()
+        release_freed()
+
+
+def _limit(large, held):
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, LARGE)
-        library.mallopt(M_TRIM_THRESHOLD, HELD)
+        library.mallopt(M_MMAP_THRESHOLD, large)
+        library.mallopt(M_TRIM_THRESHOLD, held)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
 

@@ -6,7 +6,7 @@ follows. Each linear multiplies each token once in each stream.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,10 +103,16 @@ class BlockForwards:
         i: The block.
         streams: What enters the block; in the end, what leaves it.
         products: Gives a context for the work of a phase, by its name.
+        bf16: Whether linears multiply in bf16 there. What they read is then kept so, where it is wider than the hidden
+            states; one that is not may be these states themselves, which others read as well.
+        keep: Gives a context for many forwards, in which the memory of one may be kept for the next.
     """
 
-    def __init__(self, model: StreamedModel, i: int, streams: Streams, products: Callable):
-        self.model, self.i, self.streams, self.products = model, i, streams, products
+    def __init__(
+        self, model: StreamedModel, i: int, streams: Streams, products: Callable,
+        *, bf16: bool = False, keep: Callable = nullcontext,
+    ):  # fmt: skip
+        self.model, self.i, self.streams, self.products, self.bf16, self.keep = model, i, streams, products, bf16, keep
 
     def __enter__(self):
         with ExitStack() as opened:  # what goes wrong on the way to the first halt ends both
@@ -126,16 +132,19 @@ class BlockForwards:
         What the full-precision stream reads is needed here alone: it goes on to its next halt at once, since a
         stage's inputs may be wider than its outputs.
         """
-        for b in range(len(self.quantized)):
-            with self.products("forward"):
-                x = self.quantized.advance(b)
-            with self.products("hessian"):
-                hessian.add(x, *(forwards.reads(b) for forwards in self.full))
-            self._settle(self.quantized, b)
-            for forwards in self.full:
-                self._advance(forwards, b, self.streams.full)
-            if b % RELEASE_EVERY == RELEASE_EVERY - 1:
-                release_freed()
+        with self.keep():
+            for b in range(len(self.quantized)):
+                with self.products("forward"):
+                    x = self.quantized.advance(b)
+                with self.products("hessian"):
+                    hessian.add(x, *(forwards.reads(b) for forwards in self.full))
+                if self.bf16 and x.shape[-1] > self.model.config.hidden_size:
+                    self.quantized.round(b)
+                self._settle(self.quantized, b)
+                for forwards in self.full:
+                    self._advance(forwards, b, self.streams.full)
+                if b % RELEASE_EVERY == RELEASE_EVERY - 1:
+                    release_freed()
 
     def finish(self):
         """Takes the quantized stream out of the block."""
@@ -153,9 +162,10 @@ class BlockForwards:
 
     def _run_ahead(self, several, store):
         """Runs every batch up to its next halt."""
-        for forwards in several:
-            for b in range(len(forwards)):
-                self._advance(forwards, b, store)
+        with self.keep():
+            for forwards in several:
+                for b in range(len(forwards)):
+                    self._advance(forwards, b, store)
 
     def _advance(self, forwards, b, store):
         """Runs a batch up to its next halt; what comes out of the block's end enters the next one."""

@@ -10,7 +10,7 @@ Methods that train whole blocks (blockwise.py) take the place of the stages; sav
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from calibration.store import ActivationStore
 from ptq.blockwise import BlockReconstruction, BlockTraining
 from ptq.clock import Clock
 from ptq.grids.affine import HALF_MAX
-from ptq.memory import release_freed
+from ptq.memory import large_blocks_kept, release_freed
 from ptq.qtensor import digest
 from ptq.quantizers.chunks import ROWS
 from ptq.stages import StageSolver
@@ -51,6 +51,7 @@ class Walk:
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. Half goes to what lies
             between blocks, half to forwards halted inside one; either half is shared by the two streams.
         sums_on_disk: Keep sums of H and G, and G - H for a while, in files.
+        limited: Give back at once what a forward frees, although the next one takes it again.
         ranks: This process's place among those that share the work; methods that train want one alone.
         bf16: Form products of the forward passes and of Hessians in bf16 (calibration/products.py).
         embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
@@ -59,11 +60,12 @@ class Walk:
 
     def __init__(
         self, model: StreamedModel, spec, codec, work: WorkFolder | Scratch, clock: Clock,
-        *, budget: int | None = None, sums_on_disk: bool = False, ranks: Ranks = ALONE, bf16: bool = False,
-        embed: Callable[[torch.Tensor], None] | None = None,
+        *, budget: int | None = None, sums_on_disk: bool = False, limited: bool = False, ranks: Ranks = ALONE,
+        bf16: bool = False, embed: Callable[[torch.Tensor], None] | None = None,
     ):  # fmt: skip
         self.model, self.spec, self.codec, self.embed = model, spec, codec, embed
         self.work, self.clock, self.budget, self.ranks, self.bf16 = work, clock, budget, ranks, bf16
+        self.keep = nullcontext if limited else large_blocks_kept
         sums = work.folder / "activations" / "sums" if sums_on_disk else None
         self.stages = StageSolver(model, spec, codec, clock, sums=sums, ranks=ranks, bf16=bf16)
 
@@ -148,7 +150,7 @@ class Walk:
             return self._train_block(i, streams)
         weights = {name: self.model.weight(i, name).clone() for name in self._reconstructed}
         linears = {}
-        with BlockForwards(self.model, i, streams, self._products) as forwards:
+        with BlockForwards(self.model, i, streams, self._products, bf16=self.bf16, keep=self.keep) as forwards:
             for s, stage in enumerate(stages):
                 if not weights:
                     self._load_stage(i, stage)

@@ -9,9 +9,12 @@ from threading import Lock
 
 import torch
 
+from ptq.memory import release_freed
+
 ROWS = 32  # rows are cut at multiples of this: sums run over whole vectors then, and the bits do not depend on the cuts
 CHUNK = 1 << 20  # weights worked on at once by a thread: a dozen matrices of this size are alive
 AT_ONCE = 1 << 21  # and by all threads
+RELEASE_EVERY = 2  # chunks: what they freed lies between what is alive, and was a tenth of a small peak
 COUPLED_ROWS, COUPLED_WEIGHTS = 2048, CHUNK  # of a run whose rows are solved together
 
 
@@ -53,19 +56,27 @@ def over_chunks(function, chunks, clock, threads: int) -> list:
 
     The threads' operators run on one thread each, without gradients.
     """
-    if threads == 1:
-        return [function(clock, *chunk) for chunk in chunks]
     source, lock, results = enumerate(chunks), Lock(), {}
+
+    def take(own):
+        """Whether there was one more."""
+        with lock:
+            k, chunk = next(source, (None, None))
+        if chunk is None:
+            return False
+        results[k] = function(own, *chunk)
+        if k % RELEASE_EVERY == RELEASE_EVERY - 1:
+            release_freed()
+        return True
 
     def work(own):
         with torch.no_grad():
-            while True:
-                with lock:
-                    k, chunk = next(source, (None, None))
-                if chunk is None:
-                    return
-                results[k] = function(own, *chunk)
+            while take(own):
+                pass
 
+    if threads == 1:
+        work(clock)
+        return [results[k] for k in range(len(results))]
     try:
         with (
             clock.threads(threads) as clocks,

@@ -21,6 +21,7 @@ from calibration.products import bf16_products, rounded_linears
 from calibration.store import ActivationStore
 from ptq.clock import Clock
 from ptq.evaluation.stream import LOGIT_ENTRIES
+from ptq.memory import release_freed
 from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
 from ptq.workdir import WorkFolder
@@ -75,6 +76,7 @@ class FisherPass:
             for store in gradients:
                 for hidden in states:
                     store.append(self._head(hidden, generator))
+                    release_freed()
         del states
         last = len(self.model.blocks) - 1
         for i in tqdm(range(last, -1, -1), desc="gradients", unit="block", disable=None, leave=False):
@@ -133,6 +135,7 @@ class FisherPass:
                     given, again = store[b].to(self.model.device), store is not gradients[-1]
                     store[b] = torch.autograd.grad(out, hidden, given, retain_graph=again)[0]
                 del out
+                release_freed()
         runs = [[mirror(of_stage.pop(run)).cpu() for run in list(of_stage)] for of_stage in sums]
         if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in runs for HO in of_stage):
             where = "at this block or after; --fisher-tokens 0 does without gradients"

@@ -47,12 +47,12 @@ def needed(model, *, on_disk):
 
 
 def test_sums_in_memory_sums_on_disk_refused(model):
-    assert plan(model, 10**9) == MemoryPlan(10**9 - needed(model, on_disk=False), False)
-    assert plan(model, needed(model, on_disk=False)) == MemoryPlan(0, False)
+    assert plan(model, 10**9) == MemoryPlan(10**9 - needed(model, on_disk=False), False, limited=True)
+    assert plan(model, needed(model, on_disk=False)) == MemoryPlan(0, False, limited=True)
     saved = needed(model, on_disk=False) - needed(model, on_disk=True)
-    assert plan(model, needed(model, on_disk=False) - 1) == MemoryPlan(saved - 1, True)
-    assert plan(model, needed(model, on_disk=True)) == MemoryPlan(0, True)
-    with pytest.raises(InputError, match=r"^max_memory 0.00 GB is too little for this model: it takes 0.35 GB$"):
+    assert plan(model, needed(model, on_disk=False) - 1) == MemoryPlan(saved - 1, True, limited=True)
+    assert plan(model, needed(model, on_disk=True)) == MemoryPlan(0, True, limited=True)
+    with pytest.raises(InputError, match=r"^max_memory 0.00 GB is too little for this model: it takes 0.30 GB$"):
         plan(model, 10**6)
 
 
@@ -85,7 +85,7 @@ def test_gradients_have_a_phase_of_their_own(model):
     kept = 12 * 64 + 3 * (128 + 64 + 256 + 64)
     outputs = 4 * (128**2 + 64**2 + 256**2 + 64**2)
     gradients = 10**8 + budget.EARLY + 4 * WEIGHTS + int(4 * (1 << 16) * kept) + outputs
-    assert plan(model, gradients, spec, long) == MemoryPlan(0, False)
+    assert plan(model, gradients, spec, long) == MemoryPlan(0, False, limited=True)
     with pytest.raises(InputError, match=rf"takes {gradients / 1e9:.2f} GB, with --fisher-tokens 0 0.4\d GB$"):
         plan(model, gradients - 1, spec, long)
 

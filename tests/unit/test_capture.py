@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calibration.capture import SuspendedForwards, record_block_inputs, replaced_blocks, run_block
+from calibration.products import bf16_products, rounding_once
 from ptq.checkpoint import open_checkpoint
 from ptq.families import FAMILIES
 from ptq.streamed import StreamedModel
@@ -92,6 +93,35 @@ def test_halting_changes_no_bit(model_type, parked, streamed, tiny, tmp_path):
         whole(batch, use_cache=False)
     for ours, theirs in zip(hidden, last, strict=True):
         assert torch.equal(ours, theirs[0] if isinstance(theirs, tuple) else theirs)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_what_linears_round_anyway_may_be_kept_rounded(model_type, parked, streamed, tmp_path):
+    """In every family nothing but linears reads what is wider than the hidden states."""
+    model = streamed(model_type)
+    hidden, arguments = embedded(model)
+    of_block, stages = [a[0] for a in arguments], stage_modules(model, 0)
+    with model.block(0), bf16_products(True), rounding_once([linear for stage in stages for linear in stage]):
+        expected, expected_reads = plain(model, 0, hidden, arguments)
+        options = {"parking": tmp_path / "parked", "budget": 0} if parked else {}
+        with SuspendedForwards(model.blocks[0], hidden, of_block, stages, **options) as forwards:
+            kept = False
+            for s in range(len(stages)):
+                for b in range(len(BATCHES)):
+                    x = forwards.advance(b)
+                    if x.shape[-1] > hidden[b].shape[-1]:
+                        forwards.round(b)
+                        assert x.untyped_storage().nbytes() == 0
+                        kept = True
+                    forwards.settle(b)
+                for b in range(len(BATCHES)):
+                    assert torch.equal(forwards.reads(b).bfloat16(), expected_reads[b][s].bfloat16())
+                    forwards.settle(b)
+            assert kept
+            found = [forwards.advance(b) for b in range(len(BATCHES))]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("parked", [False, True])

@@ -5,8 +5,19 @@ import threading
 import pytest
 import torch
 
+import ptq.quantizers.chunks
 from ptq.clock import Clock
-from ptq.quantizers.chunks import AT_ONCE, CHUNK, ROWS, chunk_size, over_chunks, row_chunks, row_cuts, threads_of
+from ptq.quantizers.chunks import (
+    AT_ONCE,
+    CHUNK,
+    RELEASE_EVERY,
+    ROWS,
+    chunk_size,
+    over_chunks,
+    row_chunks,
+    row_cuts,
+    threads_of,
+)
 
 
 def test_chunks_are_the_rows_of_the_stack():
@@ -69,3 +80,11 @@ def test_one_thread_is_the_callers_own():
     assert over_chunks(lambda own, k: (own is clock, threading.get_ident(), k), [(1,)], clock, 1) == [
         (True, threading.get_ident(), 1)
     ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_chunks_free_goes_back_on_the_way(threads, monkeypatch):
+    released, chunks = [], [(k,) for k in range(2 * RELEASE_EVERY + 1)]
+    monkeypatch.setattr(ptq.quantizers.chunks, "release_freed", lambda: released.append(None))
+    assert over_chunks(lambda own, k: k, chunks, Clock(), threads) == list(range(len(chunks)))
+    assert len(released) == 2

@@ -51,8 +51,8 @@ LAYERS = {
         "ptq.tuning.fisher", "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "calibration",
     ),
     "ptq.tuning": (
-        "ptq.clock", "ptq.evaluation.stream", "ptq.qtensor", "ptq.quantizers", "ptq.streamed", "ptq.workdir",
-        "calibration",
+        "ptq.clock", "ptq.evaluation.stream", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
+        "ptq.workdir", "calibration",
     ),
     "ptq.convert": (
         "ptq.export", "ptq.formats", "ptq.ggml", "ptq.gguf", "ptq.qtensor", "ptq.reload", "calibration",
@@ -79,7 +79,7 @@ LAYERS = {
     "ptq.checkpoint": ("ptq.export.shards", "calibration"),
     "ptq.gguf": ("ptq.export.gguf", "ptq.families", "calibration"),
     "ptq.export": ("ptq.families", "ptq.grids", "ptq.qtensor", "calibration"),
-    "ptq.quantizers": ("ptq.clock", "ptq.grids", "ptq.qtensor", "calibration"),
+    "ptq.quantizers": ("ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "calibration"),
     "ptq.qtensor": ("ptq.grids",),
     "ptq.grids": (),
     "ptq.families": ("calibration.errors",),

@@ -259,6 +259,23 @@ def test_forwards_are_watched_for_parking_until_there_is_room_for_twice_as_much(
 
 
 @pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_wide_is_kept_rounded_where_linears_round(bf16, walk, tiny, tmp_path, monkeypatch):
+    """In the quantized stream alone, since G reads what the other one delivers after that."""
+    kept = []
+
+    class Noted(SuspendedForwards):
+        def round(self, i):
+            super().round(i)
+            run = self._runs[i]
+            kept.append((self.inputs.store.name, run.rounded.shape[-1], run.reads.untyped_storage().nbytes()))
+
+    monkeypatch.setattr(ptq.streams, "SuspendedForwards", Noted)
+    walk(tiny("llama"), tmp_path / "out", bf16=bf16)
+    batches = -(-len(TOKENS) // (BATCH_TOKENS // TOKENS.shape[1]))
+    assert kept == bf16 * 2 * batches * [("quantized", 128, 0)]  # two blocks
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("correction", [0.0, 1.0])
 def test_resuming_repeats_the_run_bit_by_bit(correction, bf16, walk, tiny, tmp_path):
     walk = partial(walk, bf16=bf16)  # where the processor has no instructions for it, the run is the same or slower
