@@ -10,7 +10,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers of the options
 LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 HELD = 16 << 20  # free pages at the heap's end that are kept: without, every large temporary's are new ones
-LARGE_IN_FORWARDS, HELD_IN_FORWARDS = 32 << 20, 64 << 20  # glibc allows no larger blocks to be kept
+LARGE_IN_FORWARDS, HELD_IN_FORWARDS = 16 << 20, 32 << 20
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
