@@ -167,9 +167,11 @@ def factor(matrix):
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, with AMX of bf16 factors; not where gradients are asked for."""
+    """Transformers' attention by torch's fused kernel, of bf16 factors with AMX or where keys are kept so; not where
+    gradients are asked for."""
     factors = query, key, value
-    if query.device.type != "cpu" or query.dtype != torch.float32 or not _has_amx():
+    rounds = _has_amx() or key.dtype == torch.bfloat16
+    if query.device.type != "cpu" or query.dtype != torch.float32 or not rounds:
         return sdpa_attention_forward(module, *factors, attention_mask, **settings)
     if torch.is_grad_enabled():
         attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **settings)
