@@ -167,8 +167,10 @@ def factor(matrix):
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, of bf16 factors with AMX or where keys are kept so; not where
-    gradients are asked for."""
+    """Transformers' attention by torch's fused kernel, of bf16 factors with AMX or where keys are kept so.
+
+    Not where gradients are asked for.
+    """
     factors = query, key, value
     rounds = _has_amx() or key.dtype == torch.bfloat16
     if query.device.type != "cpu" or query.dtype != torch.float32 or not rounds:
