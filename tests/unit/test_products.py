@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import calibration.products
 import ptq.defaults
-from calibration.products import bf16_products, has_bf16_units, rounded_linears, rounding_once
+from calibration.products import bf16_products, has_bf16_units, rounded_linears, rounded_products, rounding_once
 from ptq.defaults import choose_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -85,6 +85,19 @@ def test_the_switch_is_back_after_an_error():
     with pytest.raises(ZeroDivisionError), bf16_products(True):
         1 / 0  # noqa: B018
     assert torch.equal(A @ B, plain)
+
+
+@pytest.mark.parametrize(
+    "flags, units, products",
+    [
+        ("avx2", False, "linears in bf16"),
+        ("avx512_bf16", True, "linears in bf16"),
+        ("avx512_bf16 amx_bf16", True, "bf16, as are linears"),
+    ],
+)
+def test_what_a_processor_rounds_decides_what_may_be_resumed(flags, units, products, monkeypatch):
+    monkeypatch.setattr(calibration.products, "_processor", lambda: flags)
+    assert (has_bf16_units(), rounded_products()) == (units, products)
 
 
 @pytest.mark.parametrize("units", [True, False])
