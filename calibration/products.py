@@ -36,7 +36,7 @@ def has_bf16_units() -> bool:
 
 
 def rounded_products() -> str:
-    """What `bf16_products` forms in bf16 here: all products, or linears alone where the processor has no AMX."""
+    """What is of bf16 factors under `bf16_products`: all, or without AMX what is in bf16 already, linears above all."""
     return "bf16, as are linears" if _has_amx() else "linears in bf16"
 
 
@@ -169,7 +169,7 @@ def factor(matrix):
 def _attention(module, query, key, value, attention_mask, **settings):
     """Transformers' attention by torch's fused kernel, of bf16 factors with AMX or where keys are kept so.
 
-    Not where gradients are asked for.
+    In fp32 elsewhere, and where gradients are asked for.
     """
     factors = query, key, value
     rounds = _has_amx() or key.dtype == torch.bfloat16

@@ -64,6 +64,7 @@ def test_attention_of_rounded_factors(masked):
     exact, bound = (p @ v).transpose(1, 2), 3 * 2**-9 * (p @ v.abs()).transpose(1, 2)
     query, key, value = (x.requires_grad_() for x in (query, key, value))
     plain, _ = before(module, query, key, value, mask)
+    # two sums of 40 fp32 terms differ by 2 * 40 * 2**-24 of them at most; gradients are sums of such sums
     same = torch.equal if AMX else partial(torch.allclose, rtol=1e-5, atol=1e-5)
     weights = torch.randn(plain.shape, generator=generator)
     slopes = torch.autograd.grad(plain, (query, key, value), weights)
@@ -95,7 +96,7 @@ def test_the_switch_is_back_after_an_error():
         ("avx512_bf16 amx_bf16", True, "bf16, as are linears"),
     ],
 )
-def test_what_a_processor_rounds_decides_what_may_be_resumed(flags, units, products, monkeypatch):
+def test_what_a_processor_rounds_has_a_name_for_a_runs_identity(flags, units, products, monkeypatch):
     monkeypatch.setattr(calibration.products, "_processor", lambda: flags)
     assert (has_bf16_units(), rounded_products()) == (units, products)
 
