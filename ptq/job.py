@@ -23,6 +23,7 @@ from ptq.reload import load_tokenizer
 from ptq.report.card import python_call
 from ptq.spec import QuantSpec
 from ptq.streamed import StreamedModel
+from ptq.tuning.fisher import FisherPass
 from ptq.walk import Walk, most_ranks
 from ptq.workdir import Scratch, WorkFolder, differences
 
@@ -86,7 +87,7 @@ class Job:
     def own_text(self) -> OwnText:
         """What the model may add to the calibration text."""
         room = whole_model_room(self.streamed.device)
-        return OwnText(self.streamed, self.spec, self.clock, room=room, bf16=self.bf16)
+        return OwnText(self.streamed, self.spec, self.clock, room=room, bf16=self.bf16, ranks=self.ranks)
 
     @property
     def notes(self) -> list[str]:
@@ -94,20 +95,25 @@ class Job:
         obstacle = self.drawn and self.own_text.obstacle(self.drawn.tokens)
         return [*self.kind.notes(self.streamed, self.linears), *([obstacle] if obstacle else [])]
 
-    def settled(self, work: WorkFolder | None = None):
+    def quantize(self, work: WorkFolder | Scratch):
+        """Quantizes every block into the work folder, each rank its share; the tokens calibrated on and `embed`."""
+        with self.clock.phase("types"):
+            embed = self._settled(work)
+        tokens, plan = self.drawn and self.own_text.added_to(self.drawn.tokens, work), self.plan
+        share = {"budget": plan.activations, "bf16": self.bf16, "ranks": self.ranks}
+        FisherPass(self.streamed, self.spec, work, self.clock, **share).run(tokens)
+        walk = Walk(
+            self.streamed, self.spec, self.kind.codec, work, self.clock, **share, embed=embed,
+            sums_on_disk=plan.sums_on_disk, limited=plan.limited,
+        )  # fmt: skip
+        walk.run(tokens)
+        return tokens, embed
+
+    def _settled(self, work):
         """Lets the first rank settle what comes before the walk, and every rank adopt it; gives the walk's `embed`."""
         tokens, budget = self.drawn and self.drawn.tokens, self.plan.activations
         prepared = self.ranks.from_first(lambda: self.kind.prepare(self.streamed, work, tokens, budget=budget))
         return self.kind.adopt(prepared)
-
-    def walk(self, work: WorkFolder | Scratch, embed, tokens):
-        """Walks this rank's share of calibration rows."""
-        plan = self.plan
-        walk = Walk(
-            self.streamed, self.spec, self.kind.codec, work, self.clock, embed=embed, budget=plan.activations,
-            sums_on_disk=plan.sums_on_disk, limited=plan.limited, ranks=self.ranks, bf16=self.bf16,
-        )  # fmt: skip
-        walk.run(tokens)
 
 
 def open_job(
@@ -211,8 +217,8 @@ def _check_ranks(job: Job):
     ranks, spec = job.ranks, job.spec
     if ranks.size == 1:
         return
-    if spec.trains or spec.refined:
-        raise InputError(f"{ranks.size} ranks: omniquant and --effort above fast work in one process alone")
+    if spec.trains or spec.reconstruct_epochs:
+        raise InputError(f"{ranks.size} ranks: omniquant and reconstruction train a block in one process alone")
     most = most_ranks(job.streamed, job.drawn and job.drawn.tokens)
     if ranks.size > most:
         raise InputError(f"{ranks.size} ranks: there is work for {most} (a batch of text, 32 outputs of a linear each)")

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from calibration.products import bf16_products
+from calibration.ranks import ALONE, Ranks
 from ptq.clock import Clock
 from ptq.memory import release_freed
 from ptq.streamed import StreamedModel
-from ptq.workdir import WorkFolder
+from ptq.workdir import Scratch, WorkFolder
 
 OPENING = 8  # tokens of a calibration row that a row of its own begins with
 AT_ONCE = 64  # rows written side by side
@@ -36,10 +37,12 @@ class OwnText:
         clock: Gets the seconds.
         room: Bytes that weights, keys and values may take.
         bf16: Form products in bf16 (calibration/products.py).
+        ranks: This process's place among several; the first writes for all, since last bits of a forward depend on how
+            many rows go through it, and a token on them.
     """
 
-    def __init__(self, model: StreamedModel, spec, clock: Clock, *, room: int, bf16: bool):
-        self.model, self.spec, self.clock, self.room, self.bf16 = model, spec, clock, room, bf16
+    def __init__(self, model: StreamedModel, spec, clock: Clock, *, room: int, bf16: bool, ranks: Ranks = ALONE):
+        self.model, self.spec, self.clock, self.room, self.bf16, self.ranks = model, spec, clock, room, bf16, ranks
 
     def rows(self, tokens) -> int:
         """How many will be written beside calibration rows (n_samples, T)."""
@@ -57,16 +60,21 @@ class OwnText:
         )
 
     @torch.no_grad()
-    def added_to(self, tokens, work: WorkFolder):
+    def added_to(self, tokens, work: WorkFolder | Scratch):
         """Calibration rows (n_samples, T) and after them as many of the model's own as the spec asks for."""
-        if obstacle := self.obstacle(tokens):
+        obstacle = self.obstacle(tokens)
+        if obstacle and self.ranks.first:
             print(f"note: {obstacle}", file=sys.stderr)
         if obstacle or not self.spec.own_tokens:
             return tokens
+        return torch.cat([tokens, self.ranks.from_first(lambda: self._kept(tokens, work)).to(tokens.dtype)])
+
+    def _kept(self, tokens, work):
+        """Rows of an earlier run, or new ones."""
         if not work.has_part(PART):
             with self.clock.phase("own text"):
                 work.save_part(PART, {"tokens": self._write(tokens)}, {})
-        return torch.cat([tokens, work.part_tensor(PART, "tokens").to(tokens.dtype)])
+        return work.part_tensor(PART, "tokens")
 
     def _write(self, tokens):
         count, T = self._asked(tokens), tokens.shape[1]

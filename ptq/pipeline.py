@@ -16,7 +16,6 @@ from ptq.memory import return_large_blocks
 from ptq.outcome import REPORT, outcome, write_outcome
 from ptq.spec import QuantSpec
 from ptq.tuning.end_to_end import EndToEndTuning
-from ptq.tuning.fisher import FisherPass
 from ptq.workdir import Scratch, WorkFolder, work_folder
 
 
@@ -106,7 +105,7 @@ def _follow(job: Job):
     """What other ranks than the first do."""
     scratch = Scratch(job.out, job.ranks.rank)
     try:
-        job.walk(scratch, job.settled(), job.drawn and job.drawn.tokens)
+        job.quantize(scratch)
     finally:
         scratch.close()
 
@@ -114,13 +113,9 @@ def _follow(job: Job):
 def _run(job: Job, work: WorkFolder) -> dict:
     """Walks, writes aside, checks, measures and publishes; the report."""
     streamed, kind, clock = job.streamed, job.kind, job.clock
-    with clock.phase("types"):
-        embed = job.settled(work)
-    tokens = job.drawn and job.own_text.added_to(job.drawn.tokens, work)
-    share = {"budget": job.plan.activations, "bf16": job.bf16}
-    FisherPass(streamed, job.spec, work, clock, **share).run(tokens)
-    job.walk(work, embed, tokens)
-    EndToEndTuning(streamed, job.spec, kind.codec, work, clock, **share, embed=embed).run(tokens)
+    tokens, embed = job.quantize(work)
+    tuning = {"budget": job.plan.activations, "bf16": job.bf16, "embed": embed}
+    EndToEndTuning(streamed, job.spec, kind.codec, work, clock, **tuning).run(tokens)
     per_linear = {name: entry for i in range(len(streamed.blocks)) for name, entry in work.report(i).items()}
     folder = work.artefact
     with clock.phase("write"):

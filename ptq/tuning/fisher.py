@@ -5,6 +5,9 @@ its predictions, not of the text's (YAQA, arXiv 2505.22988; K-FAC, arXiv 1503.05
 blocks and one in reverse, a block in memory at a time, as tuning does it. Outputs are taken in runs (coupled_cuts): of
 each run H_O is a square, between runs it is not asked for.
 
+With several ranks each takes its own batches through, with the draws that one process would give them. Products of a
+batch are fp32, sums over batches fp64, for the reason that calibration/hessian.py gives.
+
 Legend: O outputs of a run, T tokens.
 """
 
@@ -18,13 +21,14 @@ from calibration.capture import run_block
 from calibration.errors import InputError
 from calibration.hessian import mirror, tiles
 from calibration.products import bf16_products, rounded_linears
+from calibration.ranks import ALONE, Ranks
 from calibration.store import ActivationStore
 from ptq.clock import Clock
 from ptq.evaluation.stream import LOGIT_ENTRIES
 from ptq.memory import release_freed
 from ptq.quantizers.chunks import coupled_cuts
 from ptq.streamed import StreamedModel
-from ptq.workdir import WorkFolder
+from ptq.workdir import Scratch, WorkFolder
 
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
@@ -37,15 +41,19 @@ class FisherPass:
     Args:
         model: The full-precision model, streamed.
         spec: QuantSpec: fisher_tokens, seed.
-        work: Where the matrices go.
+        work: Where the matrices go; on other ranks than the first, where activations are spilled and no more.
         clock: Gets the seconds.
         budget: Bytes of activations kept in memory; the rest is spilled. None for no limit.
         bf16: Form products in bf16 (calibration/products.py).
+        ranks: This process's place among those that share the work.
     """
 
-    def __init__(self, model: StreamedModel, spec, work: WorkFolder, clock: Clock, *, budget: int | None, bf16: bool):
+    def __init__(
+        self, model: StreamedModel, spec, work: WorkFolder | Scratch, clock: Clock,
+        *, budget: int | None, bf16: bool, ranks: Ranks = ALONE,
+    ):  # fmt: skip
         self.model, self.spec, self.work, self.clock = model, spec, work, clock
-        self.budget, self.bf16 = budget, bf16
+        self.budget, self.bf16, self.ranks = budget, bf16, ranks
 
     @torch.no_grad()
     def run(self, tokens):
@@ -58,29 +66,45 @@ class FisherPass:
         Raises:
             InputError: A gradient is not finite.
         """
-        blocks = range(len(self.model.blocks))
-        wanted = [i for i in blocks if not self.work.has_block(i)] if self.spec.weighs_outputs else []
-        if all(self.work.has_fisher(i) for i in wanted):
+        if not self.spec.weighs_outputs or self.ranks.from_first(self._measured):
             return
         asked, T = self.spec.fisher_tokens, tokens.shape[1]
         batches = tokens[: max(1, asked // T)].split(max(1, batch_tokens(self.model) // T))
         with self.clock.phase("fisher"), bf16_products(self.bf16):
             self._measure(batches, draws=min(max(1, asked // tokens.numel()), MOST_DRAWS))
 
+    def _measured(self):
+        """Whether an earlier run has left all that the walk will ask for."""
+        wanted = [i for i in range(len(self.model.blocks)) if not self.work.has_block(i)]
+        return all(self.work.has_fisher(i) for i in wanted)
+
     def _measure(self, batches, draws):
-        share = self.budget and self.budget // (2 + draws)
-        entering, states, arguments = self._forward(batches, share)
-        generator = torch.Generator().manual_seed(self.spec.seed)
+        share, own = self.budget and self.budget // (2 + draws), self.ranks.share(len(batches))
+        entering, states, arguments = self._forward(batches[own], share)
         with self.model.outside(head=True), rounded_linears([self.model.model.get_output_embeddings()]):
             gradients = [self._store(f"gradients-{draw}", share) for draw in range(draws)]
-            for store in gradients:
-                for hidden in states:
-                    store.append(self._head(hidden, generator))
-                    release_freed()
+            self._draw(batches, own, states, gradients)
         del states
-        last = len(self.model.blocks) - 1
-        for i in tqdm(range(last, -1, -1), desc="gradients", unit="block", disable=None, leave=False):
-            self.work.save_fisher(i, *self._backward(i, entering, arguments, gradients))
+        for i in self._bar(reversed(range(len(self.model.blocks))), "gradients"):
+            found = self._backward(i, entering, arguments, gradients)
+            if self.ranks.first:
+                self.work.save_fisher(i, *found)
+
+    def _draw(self, batches, own, states, gradients):
+        """Gradients to the last block's outputs, a store for each draw; other ranks' random numbers are let pass."""
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        for store in gradients:
+            for b, batch in enumerate(batches):
+                if own.start <= b < own.stop:
+                    store.append(self._head(states[b - own.start], generator))
+                    release_freed()
+                else:
+                    for some in self._predictions(batch.numel()):
+                        sign_words(some.stop - some.start, self.model.config.vocab_size, generator)
+
+    def _bar(self, blocks, label):
+        hidden = None if self.ranks.first else True
+        return tqdm(blocks, label, len(self.model.blocks), unit="block", disable=hidden, leave=False)
 
     def _forward(self, batches, share):
         """What enters each block, block by block, what leaves the last one, and the blocks' other arguments."""
@@ -91,7 +115,7 @@ class FisherPass:
                 hidden, of_batch = self.model.embed(batch)
                 arguments.append(by_rows.setdefault(len(batch), of_batch))
                 states.append(hidden)
-        for i in tqdm(range(len(self.model.blocks)), desc="predictions", unit="block", disable=None, leave=False):
+        for i in self._bar(range(len(self.model.blocks)), "predictions"):
             with self._block(i) as block:
                 for b, hidden in enumerate(states):
                     entering.append(hidden)
@@ -106,12 +130,11 @@ class FisherPass:
         The gradient in the logits has the covariance of that of -log p over tokens drawn from p, diag(p) - p p^T, and
         is drawn as sqrt(p) z - p (sqrt(p) . z), z random signs: drawn tokens would have heavier tails.
         """
-        shape, vocabulary = hidden.shape, self.model.config.vocab_size
+        shape = hidden.shape
         hidden = hidden.to(self.model.device).flatten(0, 1)[None]
-        gradient, step = torch.zeros_like(hidden), min(HEAD_TOKENS, max(1, LOGIT_ENTRIES // vocabulary))
-        kept = [torch.empty(step, vocabulary, device=hidden.device) for _ in range(2)]  # new pages are slow to get
-        for start in range(0, hidden.shape[1], step):
-            some = slice(start, start + step)
+        gradient, parts = torch.zeros_like(hidden), list(self._predictions(hidden.shape[1]))
+        kept = [torch.empty(parts[0].stop, self.model.config.vocab_size, device=hidden.device) for _ in range(2)]
+        for some in parts:  # in numbers that are kept: new pages are slow to get
             with torch.enable_grad():
                 leaf = hidden[:, some].detach().requires_grad_()
                 logits = self.model.logits(leaf)[0].float()
@@ -122,10 +145,15 @@ class FisherPass:
             gradient[:, some] = torch.autograd.grad(logits, leaf, drawn)[0]
         return gradient.view(shape)
 
+    def _predictions(self, count):
+        """`count` predictions in parts whose logits are held at once."""
+        step = min(HEAD_TOKENS, max(1, LOGIT_ENTRIES // self.model.config.vocab_size))
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
     def _backward(self, i, entering, arguments, gradients):
         """Takes every draw's gradients back through block i; H_O by stage and run, the stages' weights of tokens."""
         stages, count = self.model.family.stages, len(arguments)
-        sums, squares = [{} for _ in stages], [{} for _ in stages]
+        sums, squares = [self._zeros(i, stage) for stage in stages], [{} for _ in stages]
         with self._block(i) as block:
             for b in range(count):
                 with torch.enable_grad(), self._watched(i, partial(self._add, i, b, sums, squares)):
@@ -136,12 +164,20 @@ class FisherPass:
                     store[b] = torch.autograd.grad(out, hidden, given, retain_graph=again)[0]
                 del out
                 release_freed()
-        runs = [[mirror(of_stage.pop(run)).cpu() for run in list(of_stage)] for of_stage in sums]
+        runs = [[mirror(self.ranks.all_reduce(HO).float()).cpu() for HO in of_stage] for of_stage in sums]
         if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in runs for HO in of_stage):
             where = "at this block or after; --fisher-tokens 0 does without gradients"
             self._refuse(f"the gradients in {self.model.block_name(i)}", where)
-        weights = [token_weights(torch.cat(list(of_stage.values())).cpu()) for of_stage in squares]
-        return runs, weights
+        none = torch.zeros(0, device=self.model.device)  # of a rank without batches
+        own = [torch.cat([none, *of_tokens.values()]) for of_tokens in squares]
+        return runs, [token_weights(self.ranks.gather(of_tokens).cpu()) for of_tokens in own]
+
+    def _zeros(self, i, stage):
+        """Sums of the H_O of a stage's runs."""
+        weights = [self.model.weight(i, name) for name in stage]
+        cuts = coupled_cuts(sum(map(len, weights)), weights[0].shape[1])
+        sizes = [cut.stop - cut.start for cut in cuts]
+        return [torch.zeros(size, size, dtype=torch.float64, device=self.model.device) for size in sizes]
 
     @staticmethod
     def _refuse(what, where="at this block or before"):
@@ -153,15 +189,11 @@ class FisherPass:
     def _add(self, i, b, sums, squares, stage, gradients):
         """Adds a draw's g g^T of every run of a stage's outputs, and g . g of the tokens of batch b."""
         g = torch.cat([gradients.pop(name).flatten(0, -2).float() for name in self.model.family.stages[stage]], 1)
-        of_stage, of_tokens = sums[stage], squares[stage]
+        of_tokens = squares[stage]
         of_tokens[b] = of_tokens.get(b, 0) + torch.linalg.vector_norm(g, dim=1).square()
-        inputs = self.model.weight(i, self.model.family.stages[stage][0]).shape[1]
-        for run, cut in enumerate(coupled_cuts(g.shape[1], inputs)):
-            if run not in of_stage:
-                of_stage[run] = g.new_zeros(cut.stop - cut.start, cut.stop - cut.start)
-            own = g[:, cut]
-            for tile in tiles(own.shape[1]):  # half of it, see `mirror`
-                of_stage[run][tile, tile.start :].addmm_(own[:, tile].T, own[:, tile.start :])
+        for HO, own in zip(sums[stage], g.split(list(map(len, sums[stage])), 1), strict=True):
+            for tile in tiles(len(HO)):  # half of it, see `mirror`
+                HO[tile, tile.start :].add_(own[:, tile].T @ own[:, tile.start :])
 
     @contextmanager
     def _block(self, i):
@@ -184,11 +216,14 @@ def batch_tokens(model: StreamedModel) -> int:
 
 def flip_signs(numbers: torch.Tensor, generator: torch.Generator):
     """Turns the sign of each of (T, V) fp32 numbers with a probability of one half, in place."""
-    T, V = numbers.shape
-    words = torch.empty(T, -(-V // 32), dtype=torch.int32).random_(-(2**31), 2**31, generator=generator)
-    words = words.to(numbers.device)
+    words = sign_words(*numbers.shape, generator).to(numbers.device)
     for bit, some in enumerate(numbers.view(torch.int32).split(words.shape[1], 1)):
         some.bitwise_xor_((words[:, : some.shape[1]] << bit).bitwise_and_(-(2**31)))
+
+
+def sign_words(T: int, V: int, generator: torch.Generator) -> torch.Tensor:
+    """A random bit for each of (T, V) numbers, in words of 32."""
+    return torch.empty(T, -(-V // 32), dtype=torch.int32).random_(-(2**31), 2**31, generator=generator)
 
 
 def token_weights(squares):

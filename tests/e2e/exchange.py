@@ -1,4 +1,6 @@
-"""What test_ranks.py runs on every rank: exchanges, and what came out of them as one line of JSON."""
+"""What test_ranks.py runs on every rank: exchanges, and what came out of them as one line of JSON; and a run with all
+that rank 0 does alone: text of the model's own, tuning.
+"""
 
 import json
 import sys
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from calibration.errors import InputError
 from calibration.hessian import Hessian
 from calibration.ranks import join_ranks
+from ptq import QuantSpec, quantize_model
 
 ranks = join_ranks()
 own = torch.full((ranks.rank + 1, 2), float(ranks.rank))
@@ -34,5 +37,10 @@ try:
     ranks.device("cuda:0")
 except InputError as error:
     found["refused"] = str(error)
-Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(found))
+folder = Path(sys.argv[1])
+Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
+spec = QuantSpec(**json.loads((folder / "spec.json").read_text()))
+given = {"calibration": str(folder / "c.npy"), "heldout": "none", "device": "cpu"}
+made = quantize_model(folder / "model", spec, out=folder / "out", ranks=ranks, **given)
+assert (made is None) == (ranks.rank > 0)
 ranks.finish()

@@ -10,7 +10,7 @@ import pytest
 from commands import environment, hashes, token_file
 from tiny_models import make_tiny
 
-from ptq import quantize
+from ptq import QuantSpec, quantize, quantize_model
 
 BLOCKS = 8
 SECONDS = 30  # within which all have to end
@@ -28,9 +28,18 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_exchanges(tmp_path):
+def test_exchanges_and_a_tuned_run(tmp_path):
+    make_tiny("llama", tmp_path / "model", blocks=2)
+    text = token_file(tmp_path / "c.npy", 20, 128)  # with the rows of its own two batches, gradients of four
+    spec = {"bits": 3, "group_size": 32, "own_tokens": 500, "fisher_tokens": 3072, "tune_epochs": 2}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
     status, _, err = ended(torchrun(Path(__file__).parent / "exchange.py", tmp_path))
     assert status == 0, err
+    alone = {"out": tmp_path / "alone", "calibration": str(text), "heldout": "none", "device": "cpu"}
+    made = quantize_model(tmp_path / "model", QuantSpec(**spec), **alone)
+    tuning = made.report["tuning"]
+    assert tuning["kl_after"] < tuning["kl_before"] and made.report["identity"]["own_rows"] == 4
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [each.pop("first") for each in found] == [True, False]
     assert sorted(each.pop("spoke") for each in found) == [False, True]

@@ -41,8 +41,8 @@ LAYERS = {
     ),
     "ptq.job": (
         "ptq.budget", "ptq.checkpoint", "ptq.clock", "ptq.defaults", "ptq.demo", "ptq.formats", "ptq.memory",
-        "ptq.own_text", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.streams", "ptq.walk",
-        "ptq.workdir", "calibration",
+        "ptq.own_text", "ptq.reload", "ptq.report", "ptq.spec", "ptq.streamed", "ptq.streams", "ptq.tuning.fisher",
+        "ptq.walk", "ptq.workdir", "calibration",
     ),
     "ptq.own_text": ("ptq.clock", "ptq.memory", "ptq.streamed", "ptq.workdir", "calibration"),
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
