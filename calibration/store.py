@@ -58,7 +58,7 @@ class ActivationStore:
         """
         mapping = self._mapped.get(i, lambda: None)()
         if mapping is not None:
-            _let_pages_go(mapping)
+            let_pages_go(mapping)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -140,8 +140,11 @@ class SquareOnDisk(RowsOnDisk):
         return found
 
 
-def _let_pages_go(x):
-    """Of a mapped tensor that nobody has written to."""
+def let_pages_go(x: torch.Tensor):
+    """Takes a mapped tensor out of this process's memory until it is used again.
+
+    What was done to it is lost unless the mapping is shared.
+    """
     try:
         madvise = ctypes.CDLL(None).madvise
         madvise(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(x.nbytes), mmap.MADV_DONTNEED)

@@ -11,10 +11,14 @@ Resident memory of a walk on a CPU: the program, and the largest of these (fp32;
     solve       weights of the stage; H, the factor, unless outputs are few G - H, and a copy of one where columns are
                 put in another order; targets, or W (G - H), and codes; some rows; H_O of the stage, and of the runs
                 that are being solved in several forms
+    tuning      the head; with it some rows' logits of both models in several forms, or a block's weights, their
+                gradients and codes, all that a batch leaves for its way back, and of the largest linear what is trained
+                with its gradients and the optimizer's numbers
 
-and activations with what is left. Where that is too little, the sums lie in files of which one tile at a time is
-mapped, H and W (G - H) are read from disk row by row, G - H waits there while H is factored, and fewer rows are solved
-at once, unless they are solved together. None of it changes a bit of the result.
+and activations with what is left, in tuning also codes and what is trained of all blocks. Where that is too little,
+the sums lie in files of which one tile at a time is mapped, H and W (G - H) are read from disk row by row, G - H waits
+there while H is factored, and fewer rows are solved at once, unless they are solved together. None of it changes a bit
+of the result. One thing can: whether the model fits whole, to write text of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -27,11 +31,12 @@ from ptq.evaluation import stream
 from ptq.quantizers.chunks import ROWS, chunk_size, coupled_cuts, threads_of
 from ptq.quantizers.gptq import large
 from ptq.streamed import StreamedModel
-from ptq.tuning import fisher
+from ptq.tuning import end_to_end, fisher
 
 FP32, FP64 = 4, 8
+PROGRAM = 700 << 20  # all of it while a whole model writes text; not measured in a run, whose result it decides
 LATER = 170 << 20  # what the program itself grows by: compiled loops, the page of the report, freed heap not given back
-EARLY = 80 << 20  # the same until the walk begins; both measured at the shape of TinyLlama 1.1B
+EARLY = 64 << 20  # the same until the walk begins; both measured at the shape of TinyLlama 1.1B
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class MemoryPlan:
         activations: Bytes of activations in memory.
         sums_on_disk: Whether H and its sums, those of G, and G - H for a while, are in files.
         limited: Whether resident memory is: what a forward frees then goes back to the system at once.
+        whole: What a model may take that one step wants whole; None where that is not limited.
     """
 
     activations: int
     sums_on_disk: bool = False
     limited: bool = False
+    whole: int | None = None
 
 
 def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, windows) -> MemoryPlan:
@@ -61,21 +68,22 @@ def plan_memory(limit: int, resident: int, model: StreamedModel, spec, tokens, w
         windows: (n, T) tokens that perplexity is measured on; None without.
 
     Raises:
-        InputError: Not even the least fits, and the message says how much does; or what trains is not planned here.
+        InputError: Not even the least fits, and the message says how much does; or what trains blocks, or a GPU.
     """
-    if spec.trains or spec.refined or model.device.type != "cpu":
+    if spec.trains or spec.reconstruct_epochs or model.device.type != "cpu":
         raise InputError(
-            "max_memory is for --method gptq and rtn at --effort draft or fast on a CPU: training is not planned for;"
+            "max_memory is for --method gptq and rtn on a CPU: training of blocks is not planned for;"
             " --activation-memory bounds activations"
         )
     for on_disk in (False, True):
         needed = resident + _most(model, spec, tokens, windows, on_disk)
         if needed <= limit:
-            return MemoryPlan(limit - needed, on_disk, limited=True)
-    less = ""
-    if spec.weighs_outputs:
-        plain = resident + _most(model, replace(spec, fisher_tokens=0), tokens, windows, on_disk=True)
-        less = f", with --fisher-tokens 0 {plain / 1e9:.2f} GB" if plain < needed else ""
+            return MemoryPlan(limit - needed, on_disk, limited=True, whole=max(0, limit - PROGRAM))
+    cheaper, flags = replace(spec, fisher_tokens=0), "--fisher-tokens 0"
+    if spec.tune_epochs:
+        cheaper, flags = replace(spec, tune_epochs=0), "--effort fast"
+    fewer = resident + _most(model, cheaper, tokens, windows, on_disk=True)
+    less = f", with {flags} {fewer / 1e9:.2f} GB" if fewer < needed else ""
     raise InputError(
         f"max_memory {limit / 1e9:.2f} GB is too little for this model: it takes {needed / 1e9:.2f} GB{less}"
     )
@@ -93,6 +101,7 @@ def _most(model, spec, tokens, windows, on_disk):
         batch = max(model.batch_tokens, tokens.shape[1]), tokens.shape[1]
         phases.append(block + _forward(model, stages, *batch))
         phases += _stages(model, stages, spec, batch, on_disk)
+        phases += _tuning(model, stages, tokens.shape[1]) if spec.tune_epochs else ()
     most = LATER + max(phases)
     if tokens is not None and spec.weighs_outputs:
         most = max(most, EARLY + max(_gradients(model, stages, block, tokens.shape[1])))
@@ -122,10 +131,23 @@ def _gradients(model, stages, block, length):
     config, tokens = model.config, max(fisher.batch_tokens(model), length)
     logits = min(fisher.HEAD_TOKENS * config.vocab_size, stream.LOGIT_ENTRIES)
     yield FP32 * (config.vocab_size * config.hidden_size + 4 * logits + 2 * tokens * config.hidden_size)
-    outputs = sum(outputs for stage in stages for outputs, _ in stage)
-    kept = 12 * config.hidden_size + 3 * outputs + 4 * _scores(model, length)
     runs = (run for stage in stages for run in _runs(sum(outputs for outputs, _ in stage), stage[0][1]))
-    yield block + int(FP32 * tokens * kept) + FP32 * sum(run**2 for run in runs)
+    yield block + _kept(model, stages, tokens, length) + FP64 * sum(run**2 for run in runs)
+
+
+def _tuning(model, stages, length):
+    """A step's two parts: the head with logits in several forms, and a block on its way back."""
+    config, tokens = model.config, max(end_to_end.BATCH_TOKENS, length)
+    head = FP32 * config.vocab_size * config.hidden_size
+    yield head + FP32 * 8 * min(tokens * config.vocab_size, stream.LOGIT_ENTRIES)
+    sizes = [outputs * inputs for stage in stages for outputs, inputs in stage]
+    yield head + (2 * FP32 + 1) * sum(sizes) + 6 * FP32 * max(sizes) + _kept(model, stages, tokens, length)
+
+
+def _kept(model, stages, tokens, length):
+    """What a block keeps of a batch for its way back."""
+    outputs = sum(outputs for stage in stages for outputs, _ in stage)
+    return FP32 * tokens * (12 * model.config.hidden_size + 3 * outputs + 4 * _scores(model, length))
 
 
 def _scores(model, length):

@@ -86,7 +86,8 @@ class Job:
     @property
     def own_text(self) -> OwnText:
         """What the model may add to the calibration text."""
-        room = whole_model_room(self.streamed.device)
+        rooms = whole_model_room(self.streamed.device), self.plan.whole
+        room = min(room for room in rooms if room is not None)
         return OwnText(self.streamed, self.spec, self.clock, room=room, bf16=self.bf16, ranks=self.ranks)
 
     @property

@@ -60,8 +60,9 @@ def quantize_model(
         dtype: What blocks are computed in: "auto" (float32 on a CPU, the checkpoint's own on a GPU) or a name.
         activation_budget: Bytes of activations kept in memory, the rest goes to the work folder; None for two fifths
             of the machine's memory. Does not change the result.
-        max_memory: Bytes of resident memory to plan for in each process, on a CPU and without training; what does not
-            fit is worked on from disk. A plan from shapes, not enforced. Does not change the result. None for no limit.
+        max_memory: Bytes of resident memory to plan for in each process, on a CPU, for methods that do not train whole
+            blocks; what does not fit is worked on from disk. A plan from shapes, not enforced. Does not change the
+            result, but where a model that does not fit whole writes no text of its own. None for no limit.
         resume: Go on with an interrupted run.
         trust_remote_code: Let the checkpoint bring its own model code.
         command: What to print as the way to make this artefact; None for this call.

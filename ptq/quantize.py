@@ -131,7 +131,7 @@ def _add_run(run):
                      help="activations kept in memory, the rest on disk (default: 40 %% of the machine's)")  # fmt: skip
     run.add_argument("--max-memory", metavar="SIZE", type=_bytes,
                      help="plan for this much resident memory, as 4GB or 800MB;\n"
-                     "on a CPU, with gptq or rtn at --effort draft or fast")  # fmt: skip
+                     "on a CPU, with gptq or rtn")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model folder brings")
 

@@ -39,8 +39,8 @@ class StreamedStudent:
         model: The full-precision model, streamed.
         codec: Unpacks QuantizedTensors.
         work: Holds every block.
-        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes, and
-            as many of what is trained, stay in memory between steps.
+        budget: Bytes of activations, of codes and of what is trained that stay in memory from one step to the next; the
+            rest is spilled. None for no limit.
         codes: Train codes beside scales.
 
     Attributes:
@@ -51,7 +51,7 @@ class StreamedStudent:
         self.model, self.codec, self.work, self.budget = model, codec, work, budget
         self._held: dict[int, dict[str, QuantizedTensor | BlockTensor]] = {}
         self._bytes = 0
-        self.trained = TrainedBlocks(self._spill("trained"), budget, codes=codes)
+        self.trained = TrainedBlocks(self._spill("trained"), self._share, codes=codes)
         for i in range(len(model.blocks)):
             with model.block(i):
                 self.trained.add(self._quantized(i), {name: model.weight(i, name) for name in model.family.linears})
@@ -77,69 +77,75 @@ class StreamedStudent:
                 embedded.append(hidden)
         return Text(embedded, arguments, teacher)
 
-    def backward(self, text: Text, batches: Sequence[int], take: Callable[[int, list[torch.Tensor]], None]) -> float:
+    def backward(
+        self, text: Text, batches: Sequence[int], take: Callable[[int, str, list[torch.Tensor]], None]
+    ) -> float:
         """The mean divergence over some batches, and its gradients.
 
         Args:
             text: From `open`.
             batches: Those that count.
-            take: Called for every block, the last one first, with its number and the gradients of what is trained in
-                it; not where the divergence is not finite.
+            take: Called for every linear in which something is trained, those of the last block first, with its block's
+                number, its name and the gradients of its leaves; not where the divergence is not finite.
         """
-        entering = ActivationStore(self._spill("entering"), self._share)
-        leaving = self._forward(text, batches, entering)
+        entering, states = ActivationStore(self._spill("entering"), self._share), []
+        self._forward(text, batches, states, entering)
         losses, gradients = zip(
-            *(self._head(hidden, text.teacher[b]) for b, hidden in zip(batches, leaving, strict=True)), strict=True
+            *(self._head(hidden, text.teacher[b]) for b, hidden in zip(batches, states, strict=True)), strict=True
         )
-        predictions, gradients = _predictions(leaving), list(gradients)
+        predictions, gradients = _predictions(states), list(gradients)
         divergence = sum(losses) / predictions
         if isfinite(divergence):
             for i in reversed(range(len(self.model.blocks))):
-                take(i, self._block_gradients(i, text, batches, entering, gradients, predictions))
+                self._block_backward(i, text, batches, entering, gradients, predictions, take)
         return divergence
 
-    def _block_gradients(self, i, text, batches, entering, gradients, predictions):
-        """Gradients of what is trained in block i; those of each batch's states go from its end to its start."""
+    def _block_backward(self, i, text, batches, entering, gradients, predictions, take):
+        """Gives `take` the gradients of block i; those of each batch's states go from its end to its start.
+
+        Besides the weights one more copy of them is held at most, their gradients, and of one linear what follows.
+        """
         with self._block(i) as (block, linears):
             with torch.enable_grad():
-                values = {name: linear.values() for name, linear in linears.items()}
+                values = self._values(i, linears)
             W = {name: value.detach().to(self.model.dtype) for name, value in values.items()}
             trained = [name for name, value in values.items() if value.requires_grad]
+            if not trained and i == 0:
+                return
             inputs = [W[name].requires_grad_() for name in trained]
-            sums = [torch.zeros_like(values[name]) for name in trained]
-            if not inputs and i == 0:
-                return []
+            sums = {name: _Sum(W[name]) for name in trained}
             for k, b in enumerate(batches):
                 with torch.enable_grad():
                     hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
                     out = run_block(block, hidden, text.arguments[b][i], self._parameters(W))
-                wanted = [*inputs, hidden] if i > 0 else inputs
-                found = torch.autograd.grad(out, wanted, gradients[k])
-                gradients[k] = found[-1]
-                for of_linear, gradient in zip(sums, found[: len(sums)], strict=True):
-                    of_linear += gradient
-            leaves = [leaf for linear in linears.values() for leaf in linear.leaves().values()]
-            ends = [of_linear / predictions for of_linear in sums]
-            return torch.autograd.grad([values[name] for name in trained], leaves, ends) if leaves else []
+                torch.autograd.backward(out, gradients[k], inputs=[*inputs, hidden] if i > 0 else inputs)
+                gradients[k], hidden.grad = hidden.grad, None
+            del W, inputs, out
+            for name in trained:
+                leaves = list(linears[name].leaves().values())
+                end = sums.pop(name).total.div_(predictions)
+                take(i, name, list(torch.autograd.grad(values.pop(name), leaves, end)))
 
     def divergence(self, text: Text, batches: Sequence[int]) -> float:
         """Mean divergence over some batches."""
-        leaving = self._forward(text, batches)
-        pairs = zip(batches, leaving, strict=True)
-        return sum(self._head(x, text.teacher[b], backward=False)[0] for b, x in pairs) / _predictions(leaving)
+        states = ActivationStore(self._spill("states"), self._share)
+        self._forward(text, batches, states)
+        pairs = zip(batches, states, strict=True)
+        return sum(self._head(x, text.teacher[b], backward=False)[0] for b, x in pairs) / _predictions(states)
 
-    def _forward(self, text, batches, entering=None) -> list[torch.Tensor]:
-        """What leaves the last block for some batches; what enters each block is kept in `entering`."""
-        states = [text.embedded[b].to(self.model.device) for b in batches]
+    def _forward(self, text, batches, states, entering=None):
+        """Puts what leaves the last block for some batches into `states`; what enters each is kept in `entering`."""
+        for b in batches:
+            states.append(text.embedded[b].to(self.model.device))
         for i in range(len(self.model.blocks)):
             with self._block(i) as (block, linears):
-                W = {name: linear.values().to(self.model.dtype) for name, linear in linears.items()}
+                W = {name: value.to(self.model.dtype) for name, value in self._values(i, linears).items()}
                 values = self._parameters(W)
                 for k, b in enumerate(batches):
+                    hidden = states[k].to(self.model.device)
                     if entering is not None:
-                        entering.append(states[k])
-                    states[k] = run_block(block, states[k], text.arguments[b][i], values)
-        return states
+                        entering.append(hidden)
+                    states[k] = run_block(block, hidden, text.arguments[b][i], values)
 
     def _head(self, hidden, teacher, *, backward=True):
         """(divergence summed over predictions, its gradient to hidden (rows, T, D)), a few predictions at a time.
@@ -160,6 +166,14 @@ class StreamedStudent:
             if backward:
                 gradient[:, some] = torch.autograd.grad(loss, leaf)[0]
         return total, gradient.view(shape)
+
+    def _values(self, i, linears):
+        """Weights (O, I) of block i as they are now, by linear."""
+        values = {}
+        for name, linear in linears.items():
+            values[name] = linear.values()
+            self.trained.let_go(i, name)
+        return values
 
     def _parameters(self, W):
         """Weights (O, I) by linear as parameters of a block's forward."""
@@ -186,7 +200,7 @@ class StreamedStudent:
                 {k.removeprefix(prefix): v for k, v in packed.items() if k.startswith(prefix)}
             )
         size = sum(qt.codes.nbytes for qt in found.values())
-        if self.budget is None or self._bytes + size <= self.budget:
+        if self._share is None or self._bytes + size <= self._share:
             self._held[i] = found
             self._bytes += size
         return found
@@ -196,7 +210,24 @@ class StreamedStudent:
 
     @property
     def _share(self):
-        return self.budget and self.budget // 3
+        """Of the budget: for codes, what is trained, the teacher's states, embedded text, and states on their way."""
+        return self.budget and self.budget // 5
+
+
+class _Sum:
+    """The sum in fp32 of a leaf's gradients, each taken as soon as it is there.
+
+    Args:
+        leaf: Keeps no gradient itself.
+    """
+
+    def __init__(self, leaf: torch.Tensor):
+        self.total = None
+        leaf.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, leaf):
+        gradient, leaf.grad = leaf.grad.float(), None
+        self.total = gradient if self.total is None else self.total.add_(gradient)
 
 
 def _predictions(states):

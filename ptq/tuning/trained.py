@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from calibration.store import mapped, write
+from calibration.store import let_pages_go, mapped, write
 from ptq.qtensor import BlockTensor, QuantizedTensor
 from ptq.quantizers.reconstruct.block_types import TrainedBlockCodes, Untrained
 from ptq.quantizers.reconstruct.parameters import TrainedCodes, TrainedScales, limit_positions
@@ -67,27 +67,31 @@ class TrainedBlocks:
             found[name] = self._kind(start)(start, **copies)
         return found
 
-    def step(self, i: int, gradients: Sequence[torch.Tensor], rates: Mapping[str, float]):
-        """One step of Adam in block i.
+    def step(self, i: int, name: str, gradients: Sequence[torch.Tensor], rates: Mapping[str, float]):
+        """One step of Adam in a linear.
 
         Args:
-            i: The block.
-            gradients: Of the leaves of its linears in turn.
+            i: Its block.
+            name: Its name.
+            gradients: Of its leaves.
             rates: Learning rate of each "factor", relative to its scale, and of each "position", in codes.
         """
-        optimizer, linears = self._optimizers[i], self._leaves[i]
-        if optimizer is None:
-            return
-        leaves = [leaf for of_linear in linears.values() for leaf in of_linear.values()]
-        for leaf, gradient in zip(leaves, gradients, strict=True):
+        optimizer, leaves = self._optimizers[i], self._leaves[i][name]
+        for leaf, gradient in zip(leaves.values(), gradients, strict=True):
             leaf.grad = gradient.cpu()
         for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]]
-        optimizer.step()
+        optimizer.step()  # of those alone that have gradients
         optimizer.zero_grad()
-        for name, of_linear in linears.items():
-            if "position" in of_linear:
-                limit_positions(of_linear["position"], self._tops[i][name])
+        if "position" in leaves:
+            limit_positions(leaves["position"], self._tops[i][name])
+        self.let_go(i, name)
+
+    def let_go(self, i: int, name: str):
+        """Takes what is trained in a linear of block i, if it is mapped, out of memory until it is used again."""
+        for leaf in self._leaves[i][name].values():
+            for tensor in (leaf, *self._optimizers[i].state[leaf].values()):
+                self._room.let_go(tensor)
 
     def state(self, i: int) -> dict[str, torch.Tensor]:
         """What is trained in block i and its optimizer's numbers, by name; what is done to them counts."""
@@ -127,7 +131,7 @@ class MappedRoom:
 
     def __init__(self, folder: Path, budget: int | None):
         self.folder, self.budget = folder, budget
-        self._bytes = self._files = 0
+        self._bytes, self._mapped = 0, set()
 
     def zeros(self, shape: torch.Size) -> torch.Tensor:
         """A tensor of zeros."""
@@ -135,7 +139,13 @@ class MappedRoom:
         if self.budget is None or self._bytes + size <= self.budget:
             self._bytes += size
             return torch.zeros(shape)
-        path = self.folder / f"{self._files:06d}.bin"
-        self._files += 1
+        path = self.folder / f"{len(self._mapped):06d}.bin"
         write(torch.zeros(shape), path)  # a file with holes would end the process on a full disk, here an error does
-        return mapped(path, shape, torch.float32, shared=True)
+        tensor = mapped(path, shape, torch.float32, shared=True)
+        self._mapped.add(tensor.data_ptr())
+        return tensor
+
+    def let_go(self, tensor: torch.Tensor):
+        """Takes one of them, if it is mapped, out of memory until it is used again."""
+        if tensor.data_ptr() in self._mapped:
+            let_pages_go(tensor.detach())

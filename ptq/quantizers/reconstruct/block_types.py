@@ -27,7 +27,7 @@ class TrainedBlockCodes:
     """
 
     def __init__(self, start: BlockTensor, position: torch.Tensor | None = None):
-        self.start, (self.scale, self.zero) = start, _steps(start)
+        self.start = start
         self.position = start.codes.T.float().requires_grad_() if position is None else position
 
     @classmethod
@@ -46,7 +46,7 @@ class TrainedBlockCodes:
 
     def values(self) -> torch.Tensor:
         """(O, I) values, differentiable."""
-        decoded = self.start.grid.decode(self.position.detach().round(), self.scale, self.zero)
+        decoded = self.start.grid.decode(self.position.detach().round(), *_steps(self.start))
         return _Straight.apply(self.position, decoded, self._slope).T
 
     @property
@@ -61,10 +61,9 @@ class TrainedBlockCodes:
 
     def _slope(self):
         """D value / d position (I, O): half the way from the code below to the one above, the whole way at an end."""
-        codes, decode = self.position.detach().round(), self.start.grid.decode
+        codes, decode, steps = self.position.detach().round(), self.start.grid.decode, _steps(self.start)
         below, above = (codes - 1).clamp_(min=0), (codes + 1).clamp_(max=self.top)
-        rise = decode(above, self.scale, self.zero) - decode(below, self.scale, self.zero)
-        return rise / (above - below)
+        return (decode(above, *steps) - decode(below, *steps)) / (above - below)
 
 
 class Untrained:

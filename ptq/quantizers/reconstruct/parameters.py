@@ -127,15 +127,14 @@ class _Decoded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, position, scale, zero):
-        offset = position.round().sub_(zero)
-        ctx.save_for_backward(offset, scale)
-        return offset * scale
+        ctx.save_for_backward(position, scale, zero)  # what is there anyway
+        return position.round().sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
-        offset, scale = ctx.saved_tensors
+        position, scale, zero = ctx.saved_tensors
         grad_position = grad * scale if ctx.needs_input_grad[0] else None
-        return grad_position, (grad * offset).sum(-1, keepdim=True), None
+        return grad_position, position.round().sub_(zero).mul_(grad).sum(-1, keepdim=True), None
 
 
 def _group_width(qt):
