@@ -109,7 +109,7 @@ def test_outputs_solved_together_hold_their_weights(model, monkeypatch):
 
 
 def test_a_block_that_is_tuned_holds_gradients_beside_the_head(model):
-    """The largest linear has 64 x 128 weights; of it there are leaf, gradients before and after, two moments, values."""
+    """Of the largest linear, 64 x 128 weights, there are leaf, gradients before and after, two moments, values."""
     spec, long = replace(GPTQ, tune_epochs=1), torch.zeros(1, 1 << 16)
     kept = 4 * (1 << 16) * (12 * 64 + 3 * (128 + 64 + 256 + 64))
     tuning = 10**8 + budget.LATER + 4 * 300 * 64 + 9 * WEIGHTS + 6 * 4 * 64 * 128 + kept

@@ -48,7 +48,7 @@ LAYERS = {
     "ptq.continuation": ("ptq.load", "ptq.defaults", "calibration"),
     "ptq.load": ("ptq.defaults", "ptq.reload", "ptq.streamed", "calibration"),
     "ptq.budget": (
-        "ptq.tuning.fisher", "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "calibration",
+        "ptq.evaluation.stream", "ptq.quantizers", "ptq.streamed", "ptq.streams", "ptq.tuning", "calibration",
     ),
     "ptq.tuning": (
         "ptq.clock", "ptq.evaluation.stream", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.streamed",
