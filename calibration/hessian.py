@@ -126,6 +126,7 @@ def mirror(matrix: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-def tiles(size: int) -> list[slice]:
-    """Rows of a symmetric matrix that are summed together."""
-    return [slice(first, min(first + TILE, size)) for first in range(0, size, TILE)]
+def tiles(size: int, rows: int | None = None) -> list[slice]:
+    """Rows of a symmetric matrix that are summed together: TILE, or fewer."""
+    rows = rows or TILE
+    return [slice(first, min(first + rows, size)) for first in range(0, size, rows)]

@@ -107,7 +107,8 @@ def rounding_once(linears):
     """Context in which linears take and give fp32 but are in bf16 inside, wherever `bf16_products` is on.
 
     A weight is rounded when it is first read and again after it has changed; it stays as it is, beside the copy, a
-    buffer of the linear's. One that is in bf16 has no copy. Where gradients are asked for nothing changes.
+    buffer of the linear's. One that is in bf16 has no copy. Where gradients are asked for there is none either; they
+    are of factors in bf16 as well, and rounded to it.
     Gives a function that drops the copies, for where they are not needed any more.
     """
     linears, read = list(linears), {}
@@ -128,11 +129,34 @@ def rounding_once(linears):
 
 
 def _in_bf16(linear, plain, read, x):
-    if torch.is_grad_enabled() or not (_rounds() and x.dtype == torch.float32):
+    if not (_rounds() and x.dtype == torch.float32):
         return plain(x)
-    weight, bias = _rounded(linear, read), linear.bias
+    trained, bias = torch.is_grad_enabled(), linear.bias
+    weight = linear.weight if trained else _rounded(linear, read)
     weight = weight if isinstance(linear, nn.Linear) else weight.T  # transformers' Conv1D has (I, O)
+    if trained:
+        out = _RoundedLinear.apply(x, weight)
+        return out if bias is None else out + bias
     return F.linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16()).float()
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """x W^T and its gradients, (..., I) and (O, I) in fp32, of bf16 factors and rounded to bf16."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        factors = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(*factors)
+        return F.linear(*factors).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.bfloat16()
+        of_x = (gradient @ weight).float() if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None
+        return of_x, (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
 
 
 def _rounded(linear, read):

@@ -32,6 +32,7 @@ from ptq.workdir import Scratch, WorkFolder
 
 HEAD_TOKENS = 256  # predicted at once at most: the heap keeps logits of a small vocabulary from one to the next
 MOST_DRAWS = 4  # of a token; two were as good (LOG.md)
+TILE = 128  # rows of H_O summed at once, from the diagonal on: runs are a few hundred rows, and half of one is enough
 OUTLIERS = 0.99  # tokens of larger gradients count as this quantile
 
 
@@ -164,7 +165,7 @@ class FisherPass:
                     store[b] = torch.autograd.grad(out, hidden, given, retain_graph=again)[0]
                 del out
                 release_freed()
-        runs = [[mirror(self.ranks.all_reduce(HO).float()).cpu() for HO in of_stage] for of_stage in sums]
+        runs = [[self._summed(of_stage.pop(0)) for _ in list(of_stage)] for of_stage in sums]
         if not all(bool(torch.isfinite(HO.diagonal()).all()) for of_stage in runs for HO in of_stage):
             where = "at this block or after; --fisher-tokens 0 does without gradients"
             self._refuse(f"the gradients in {self.model.block_name(i)}", where)
@@ -173,11 +174,20 @@ class FisherPass:
         return runs, [token_weights(self.ranks.gather(of_tokens).cpu()) for of_tokens in own]
 
     def _zeros(self, i, stage):
-        """Sums of the H_O of a stage's runs."""
+        """Sums of the H_O of a stage's runs, by tiles that begin at the diagonal."""
         weights = [self.model.weight(i, name) for name in stage]
-        cuts = coupled_cuts(sum(map(len, weights)), weights[0].shape[1])
-        sizes = [cut.stop - cut.start for cut in cuts]
-        return [torch.zeros(size, size, dtype=torch.float64, device=self.model.device) for size in sizes]
+        runs = coupled_cuts(sum(map(len, weights)), weights[0].shape[1])
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.model.device)
+        sizes = [run.stop - run.start for run in runs]
+        return [[zeros(tile.stop - tile.start, size - tile.start) for tile in tiles(size, TILE)] for size in sizes]
+
+    def _summed(self, parts):
+        """H_O of a run, of all ranks' tokens, on the CPU."""
+        size = parts[0].shape[1]
+        HO = torch.empty(size, size)
+        for tile, part in zip(tiles(size, TILE), parts, strict=True):
+            HO[tile, tile.start :] = self.ranks.all_reduce(part)
+        return mirror(HO)
 
     @staticmethod
     def _refuse(what, where="at this block or before"):
@@ -191,9 +201,10 @@ class FisherPass:
         g = torch.cat([gradients.pop(name).flatten(0, -2).float() for name in self.model.family.stages[stage]], 1)
         of_tokens = squares[stage]
         of_tokens[b] = of_tokens.get(b, 0) + torch.linalg.vector_norm(g, dim=1).square()
-        for HO, own in zip(sums[stage], g.split(list(map(len, sums[stage])), 1), strict=True):
-            for tile in tiles(len(HO)):  # half of it, see `mirror`
-                HO[tile, tile.start :].add_(own[:, tile].T @ own[:, tile.start :])
+        sizes = [parts[0].shape[1] for parts in sums[stage]]
+        for parts, own in zip(sums[stage], g.split(sizes, 1), strict=True):
+            for tile, part in zip(tiles(own.shape[1], TILE), parts, strict=True):
+                part.add_(own[:, tile].T @ own[:, tile.start :])
 
     @contextmanager
     def _block(self, i):

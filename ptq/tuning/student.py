@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from calibration.capture import run_block
+from calibration.products import rounding_once
 from calibration.store import ActivationStore
 from ptq.evaluation.stream import LOGIT_ENTRIES, final_states
 from ptq.qtensor import BlockTensor, QuantizedTensor
@@ -115,7 +116,7 @@ class StreamedStudent:
             inputs = [W[name].requires_grad_() for name in trained]
             sums = {name: _Sum(W[name]) for name in trained}
             for k, b in enumerate(batches):
-                with torch.enable_grad():
+                with torch.enable_grad(), rounding_once(self.model.linear(i, name) for name in W):
                     hidden = entering[i * len(batches) + k].to(self.model.device).requires_grad_(i > 0)
                     out = run_block(block, hidden, text.arguments[b][i], self._parameters(W))
                 torch.autograd.backward(out, gradients[k], inputs=[*inputs, hidden] if i > 0 else inputs)

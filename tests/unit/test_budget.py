@@ -84,8 +84,8 @@ def test_attention_that_is_not_fused_holds_its_scores(model, monkeypatch):
 def test_gradients_have_a_phase_of_their_own(model):
     spec, long = replace(GPTQ, fisher_tokens=8), torch.zeros(1, 1 << 16)
     kept = 12 * 64 + 3 * (128 + 64 + 256 + 64)
-    outputs = 4 * (128**2 + 64**2 + 256**2 + 64**2)
-    gradients = 10**8 + budget.EARLY + 4 * WEIGHTS + 4 * (1 << 16) * kept + 2 * outputs
+    outputs = 8 * (128**2 + 64**2 + 256 * (256 + 128) // 2 + 64**2)
+    gradients = 10**8 + budget.EARLY + 4 * WEIGHTS + 4 * (1 << 16) * kept + outputs
     assert plan(model, gradients, spec, long).activations == 0
     with pytest.raises(InputError, match=rf"takes {gradients / 1e9:.2f} GB, with --fisher-tokens 0 0.4\d GB$"):
         plan(model, gradients - 1, spec, long)

@@ -32,6 +32,7 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(ptq.tuning.fisher, "HEAD_TOKENS", HEAD_TOKENS)
     monkeypatch.setattr(chunks, "COUPLED_ROWS", 96)
     monkeypatch.setattr(calibration.hessian, "TILE", 40)  # three of a run's rows
+    monkeypatch.setattr(ptq.tuning.fisher, "TILE", 24)
 
 
 class Measured:

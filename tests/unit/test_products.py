@@ -136,7 +136,7 @@ def test_rounded_linears(kind, large, monkeypatch):
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
 @pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
 def test_rounding_once(kind):
-    """The same, of a weight that stays and may change, or is in bf16; nothing is rounded on the way of gradients."""
+    """The same, of a weight that stays and may change, or is in bf16."""
     linear, x = kind(64, 64), torch.randn(5, 64)
     torch.nn.init.normal_(linear.bias)
     plain = linear(x)
@@ -160,6 +160,31 @@ def test_rounding_once(kind):
                 linear.weight.data = linear.weight.data.bfloat16()
                 assert torch.equal(linear(x), y)
     assert "forward" not in vars(linear)
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+def test_gradients_of_what_rounds_once(kind, frozen):
+    """Each is the product of factors of 8 bits, rounded to as many: 2^-8 with the sums' own error."""
+    linear, x = kind(64, 48) if kind is torch.nn.Linear else kind(48, 64), torch.randn(2, 5, 64)
+    torch.nn.init.normal_(linear.bias)
+    x.requires_grad_(frozen != "x")
+    linear.weight.requires_grad_(frozen != "weight")
+    with rounding_once([linear]), bf16_products(True):
+        y = linear(x)
+        given = torch.randn_like(y)
+        y.backward(given)
+    W = linear.weight if kind is Conv1D else linear.weight.T
+    of_x, of_W, of_y = (t.detach().bfloat16().double().flatten(0, -2) for t in (x, W, given))
+    torch.testing.assert_close(y.double().flatten(0, 1) - linear.bias, of_x @ of_W, rtol=2**-8, atol=1e-4)
+    assert (x.grad is None) == (frozen == "x") and (linear.weight.grad is None) == (frozen == "weight")
+    if x.grad is not None:
+        torch.testing.assert_close(x.grad.double().flatten(0, 1), of_y @ of_W.T, rtol=2**-8, atol=1e-4)
+    if linear.weight.grad is not None:
+        found = linear.weight.grad if kind is Conv1D else linear.weight.grad.T
+        torch.testing.assert_close(found.double(), of_x.T @ of_y, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(linear.bias.grad, given.flatten(0, 1).sum(0))
 
 
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
