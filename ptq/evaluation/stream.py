@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from calibration.capture import run_block
 from calibration.store import ActivationStore
+from ptq.memory import release_freed
 from ptq.streamed import StreamedModel
 
 BATCH_TOKENS = 2048  # an MLP holds four times its width for each
@@ -46,6 +47,7 @@ def final_states(
         with model.block(i) as block:
             for b, hidden in enumerate(store):
                 store[b] = run_block(block, hidden.to(model.device), arguments[b][i])
+        release_freed()  # or what is held grows from block to block
     return store
 
 

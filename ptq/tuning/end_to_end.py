@@ -41,8 +41,8 @@ class EndToEndTuning:
         codec: Packs QuantizedTensors and back.
         work: Holds every block.
         clock: Gets the seconds.
-        budget: Bytes of activations kept in memory; the rest is spilled. None for no limit. As many bytes of codes, and
-            as many of what is trained, stay in memory between steps.
+        budget: Bytes of activations, of codes and of what is trained that stay in memory from one step to the next; the
+            rest is spilled. None for no limit.
         bf16: Form products in bf16 (calibration/products.py).
         embed: Overwrites the loaded embedding (V, D) with the values that the artefact holds; None where those are
             the model's own.

@@ -65,7 +65,7 @@ LAYERS = {
         "ptq.evaluation.stream", "ptq.export", "ptq.grids", "ptq.quantizers", "ptq.streamed", "calibration",
     ),
     "ptq.report": ("ptq.evaluation.published", "ptq.document", "ptq.console", "ptq.spec"),
-    "ptq.evaluation": ("ptq.streamed", "calibration"),
+    "ptq.evaluation": ("ptq.memory", "ptq.streamed", "calibration"),
     "ptq.walk": (
         "ptq.blockwise", "ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "ptq.quantizers", "ptq.stages",
         "ptq.streamed", "ptq.streams", "ptq.workdir", "calibration",
