@@ -7,78 +7,37 @@ that is larger than the choice of text).
 A linear that multiplies many batches is in bf16 altogether, what it gives rounded as well: its weight is then rounded
 once (`rounding_once`; `rounded_linears` for estimates, where the weights are not needed any more).
 
-With AMX oneDNN forms products of fp32 matrices so, and the two products of attention go by a kernel that takes bf16 and
-sums in fp32 as well; where gradients are asked for they stay fp32, since with bf16 that kernel's way back is slower in
-rows of 512 tokens. With AVX512-BF16 alone oneDNN keeps products of fp32 matrices in fp32, by kernels that on an AMD
-processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times as fast, but for
-attention, which is slower in it.
+With AMX oneDNN forms products of fp32 matrices so. With AVX512-BF16 alone it keeps them in fp32, by kernels that on an
+AMD processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times as fast.
+Attention has a module of its own (calibration/attention.py).
 """
 
 import weakref
-from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from calibration.attention import faster_attention
+from calibration.processor import has_amx, product_precision, rounds
 
 LARGE = 1 << 25  # numbers, such as an output head's, for which there may be no room twice
 AT_ONCE = 1 << 20  # of those, rounded at once
 COPY = "weight_in_bf16"  # among the buffers, which halted forwards share and do not spill
 
 
-def has_bf16_units() -> bool:
-    """Whether this machine's processor has instructions for products of bf16, and torch can use them."""
-    return "avx512_bf16" in _processor() and _switch() is not None
-
-
 def rounded_products() -> str:
     """What is of bf16 factors under `bf16_products`: all, or without AMX what is in bf16 already, linears above all."""
-    return "bf16, as are linears" if _has_amx() else "linears in bf16"
-
-
-def _has_amx():
-    """Whether products of fp32 matrices are of bf16 factors; AVX512-BF16 is there then too."""
-    return "amx_bf16" in _processor()
-
-
-@cache
-def _processor():
-    """What Linux says of it, its flags among that."""
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    return "bf16, as are linears" if has_amx() else "linears in bf16"
 
 
 @contextmanager
 def bf16_products(wanted: bool):
-    """Context in which a CPU's fp32 matrix products are of bf16 factors, if wanted."""
-    if not wanted or _switch() is None:
+    """Context in which a CPU's fp32 matrix products are of bf16 factors, if wanted; attention is ours in any case."""
+    with faster_attention(), product_precision("bf16") if wanted else nullcontext():
         yield
-        return
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
-    try:
-        with _precision("bf16"):
-            yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-
-
-@contextmanager
-def _precision(wanted):
-    """Context in which fp32 products are formed in another precision, "ieee" or "bf16"."""
-    switch = _switch()
-    before = switch.fp32_precision
-    switch.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 @contextmanager
@@ -89,7 +48,7 @@ def rounded_linears(linears):
     this is for estimates, such as of gradients' moments. The weights stay as they then are.
     """
     hooks = []
-    for linear in linears if _rounds() else ():
+    for linear in linears if rounds() else ():
         for parameter in linear.parameters():
             large = parameter.numel() > LARGE
             parameter.data = _rounded_in_place(parameter.data) if large else parameter.data.bfloat16()
@@ -129,7 +88,7 @@ def rounding_once(linears):
 
 
 def _in_bf16(linear, plain, read, x):
-    if not (_rounds() and x.dtype == torch.float32):
+    if not (rounds() and x.dtype == torch.float32):
         return plain(x)
     trained, bias = torch.is_grad_enabled(), linear.bias
     weight = linear.weight if trained else _rounded(linear, read)
@@ -186,50 +145,5 @@ def factor(matrix):
 
     A product of two factors is `(A @ B).float()`, which is then rounded to bf16 itself.
     """
-    rounds = _rounds() and matrix.device.type == "cpu" and matrix.dtype == torch.float32
-    return matrix.bfloat16() if rounds else matrix
-
-
-def _attention(module, query, key, value, attention_mask, **settings):
-    """Transformers' attention by torch's fused kernel, of bf16 factors with AMX or where keys are kept so.
-
-    In fp32 elsewhere, and where gradients are asked for.
-    """
-    factors = query, key, value
-    rounds = _has_amx() or key.dtype == torch.bfloat16
-    if query.device.type != "cpu" or query.dtype != torch.float32 or not rounds:
-        return sdpa_attention_forward(module, *factors, attention_mask, **settings)
-    if torch.is_grad_enabled():
-        attend = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **settings)
-        return _Fp32Attention.apply(attend, *factors), None
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.bfloat16()
-    factors = (factor.bfloat16() for factor in factors)
-    out, weights = sdpa_attention_forward(module, *factors, attention_mask, **settings)
-    return out.to(query.dtype), weights
-
-
-class _Fp32Attention(torch.autograd.Function):
-    """attend(query, key, value) and its gradients, both with products in fp32 whatever is on around them."""
-
-    @staticmethod
-    def forward(ctx, attend, *factors):
-        ctx.factors = [factor.detach().requires_grad_() for factor in factors]
-        with torch.enable_grad(), _precision("ieee"):
-            ctx.out, _ = attend(*ctx.factors)
-        return ctx.out.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with _precision("ieee"):
-            return None, *torch.autograd.grad(ctx.out, ctx.factors, gradient, retain_graph=True)
-
-
-def _rounds():
-    """Whether fp32 products are of bf16 factors here."""
-    return _switch() is not None and _switch().fp32_precision == "bf16"
-
-
-def _switch():
-    """Torch's own, since 2.9."""
-    return getattr(torch.backends.mkldnn, "matmul", None)
+    of_bf16 = rounds() and matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    return matrix.bfloat16() if of_bf16 else matrix

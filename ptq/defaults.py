@@ -5,7 +5,7 @@ import os
 import torch
 
 from calibration.errors import InputError
-from calibration.products import has_bf16_units
+from calibration.processor import has_bf16_units
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from calibration.products import bf16_products, factor, has_bf16_units
+from calibration.processor import has_bf16_units
+from calibration.products import bf16_products, factor
 
 SIDE = 2048  # of the square matrices multiplied: in cache, large enough for the library's full speed
 COPIED = 1 << 25  # numbers: several times the last cache

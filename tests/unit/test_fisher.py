@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import calibration.hessian
 import ptq.tuning.fisher
 from calibration.errors import InputError
-from calibration.products import has_bf16_units
+from calibration.processor import has_bf16_units
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock
 from ptq.export.gptq_tensors import GptqCodec

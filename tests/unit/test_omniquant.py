@@ -14,7 +14,7 @@ import ptq.pipeline
 import ptq.quantizers.omniquant.block
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
-from calibration.products import has_bf16_units
+from calibration.processor import has_bf16_units
 from ptq import QuantSpec, quantize, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock

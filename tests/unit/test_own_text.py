@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ptq.job
 import ptq.own_text
 from calibration.errors import InputError
-from calibration.products import has_bf16_units
+from calibration.processor import has_bf16_units
 from ptq import QuantSpec, quantize_model
 from ptq.checkpoint import open_checkpoint
 from ptq.clock import Clock

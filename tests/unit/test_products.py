@@ -1,18 +1,16 @@
-"""Products in bf16 units: how far off they are, attention among them, and when they are chosen."""
+"""Products in bf16 units: how far off they are, and when they are chosen."""
 
 import weakref
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 import calibration.products
 import ptq.defaults
-from calibration.products import bf16_products, has_bf16_units, rounded_linears, rounded_products, rounding_once
+from calibration.processor import has_bf16_units
+from calibration.products import bf16_products, rounded_linears, rounded_products, rounding_once
 from ptq.defaults import choose_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -48,38 +46,6 @@ def test_factors_are_rounded_and_sums_are_not():
     assert not (AMX and torch.equal(found, plain)) and torch.equal(A @ B, plain)  # and the switch is back
 
 
-@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_rounded_factors(masked):
-    """Against exact attention of bf16 factors: its weights are rounded once more, by 2**-9 at most, on their way into
-    the second product, and so is what the kernel gives. Where gradients are asked for, it and they are those of fp32,
-    as often as they are asked for. Without AMX all of it is fp32, by another library's sums of 40 terms."""
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(3))
-    module = SimpleNamespace(is_causal=not masked)
-    mask = torch.full((40, 40), -torch.inf).triu(1)[None, None] if masked else None
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    q, k, v = (x.bfloat16().double() for x in (query, key, value))
-    p = (q @ k.mT / 4 + torch.full((40, 40), -torch.inf, dtype=torch.float64).triu(1)).softmax(-1)
-    exact, bound = (p @ v).transpose(1, 2), 3 * 2**-9 * (p @ v.abs()).transpose(1, 2)
-    query, key, value = (x.requires_grad_() for x in (query, key, value))
-    plain, _ = before(module, query, key, value, mask)
-    # two sums of 40 fp32 terms differ by 2 * 40 * 2**-24 of them at most; gradients are sums of such sums
-    same = torch.equal if AMX else partial(torch.allclose, rtol=1e-5, atol=1e-5)
-    weights = torch.randn(plain.shape, generator=generator)
-    slopes = torch.autograd.grad(plain, (query, key, value), weights)
-    with bf16_products(True):
-        with torch.no_grad():
-            found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
-        trained, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)
-        assert same(trained, plain)
-        for again in (True, False):
-            assert all(map(same, torch.autograd.grad(trained, (query, key, value), weights, again), slopes))
-    assert found.dtype == torch.float32 and same(found, plain) != AMX
-    assert not AMX or bool(((found.double() - exact).abs() <= bound).all())
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-
-
 def test_the_switch_is_back_after_an_error():
     A, B = factors()
     plain = A @ B
@@ -97,7 +63,7 @@ def test_the_switch_is_back_after_an_error():
     ],
 )
 def test_what_a_processor_rounds_has_a_name_for_a_runs_identity(flags, units, products, monkeypatch):
-    monkeypatch.setattr(calibration.products, "_processor", lambda: flags)
+    monkeypatch.setattr(calibration.processor, "_flags", lambda: flags)
     assert (has_bf16_units(), rounded_products()) == (units, products)
 
 
