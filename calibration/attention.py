@@ -1,30 +1,32 @@
-"""Attention on a CPU, in place of what transformers asks torch for: the fastest of several ways to the same numbers.
+"""Attention on a CPU, among those that transformers chooses from: the fastest of several ways to the same numbers.
 
 Causal attention of short rows goes by pieces (calibration/causal.py). With AMX, where no gradients are asked for,
 torch's fused kernel takes factors in bf16 and sums in fp32, whatever the rows; in rows of 512 tokens its way back is
 slower in bf16, and without AMX its way forth too.
 """
 
-from contextlib import contextmanager
 from functools import partial
 
 import torch
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from calibration.causal import LONG, causal_attention
 from calibration.processor import has_amx, product_precision, rounds
 
+FASTER = "ptq_sdpa"  # its name among transformers' attention functions
 
-@contextmanager
-def faster_attention():
-    """Context in which transformers' "sdpa" attention is ours."""
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+def use_faster_attention(model: PreTrainedModel):
+    """Lets a model whose attention would be torch's fused kernel have it from here."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(FASTER)
+
+
+def is_faster(config: PreTrainedConfig) -> bool:
+    """Whether attention is the one of this module."""
+    return config._attn_implementation == FASTER
 
 
 def _attention(module, query, key, value, attention_mask, **settings):
@@ -76,3 +78,7 @@ class _InFp32(torch.autograd.Function):
     def backward(ctx, gradient):
         with product_precision("ieee"):
             return None, *torch.autograd.grad(ctx.out, ctx.factors, gradient, retain_graph=True)
+
+
+AttentionInterface.register(FASTER, _attention)
+AttentionMaskInterface.register(FASTER, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

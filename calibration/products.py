@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from calibration.attention import faster_attention
 from calibration.processor import has_amx, product_precision, rounds
 
 LARGE = 1 << 25  # numbers, such as an output head's, for which there may be no room twice
@@ -35,8 +34,8 @@ def rounded_products() -> str:
 
 @contextmanager
 def bf16_products(wanted: bool):
-    """Context in which a CPU's fp32 matrix products are of bf16 factors, if wanted; attention is ours in any case."""
-    with faster_attention(), product_precision("bf16") if wanted else nullcontext():
+    """Context in which a CPU's fp32 matrix products are of bf16 factors, if wanted."""
+    with product_precision("bf16") if wanted else nullcontext():
         yield
 
 

@@ -18,6 +18,7 @@ from calibration.errors import InputError
 from calibration.store import ActivationStore
 from calibration.tokens import hold_back
 from ptq.export.shards import DTYPES
+from ptq.memory import IN_TRAINING, large_blocks_kept
 from ptq.quantizers.omniquant.block import TrainedBlock, omniquant
 from ptq.quantizers.omniquant.transform import Heads, Transformation
 from ptq.quantizers.reconstruct.block import reconstruct
@@ -74,18 +75,20 @@ class BlockTraining:
 
     def train(self, *, bf16: bool) -> TrainedBlock:
         """Trains, the block's products in bf16 if wanted; its live weights stay as they are."""
-        return omniquant(
-            self.block,
-            {name: self.model.weight(self.i, name) for name in self.linears},
-            self.inputs,
-            self.targets.on(self.model.device),
-            self.arguments,
-            self.spec,
-            transformation=self.transformation,
-            transposed=self.model.family.transposed,
-            bf16=bf16,
-            epochs=tqdm(range(self.spec.epochs), desc=f"block {self.i}", unit="epoch", leave=False, disable=None),
-        )
+        epochs = tqdm(range(self.spec.epochs), desc=f"block {self.i}", unit="epoch", leave=False, disable=None)
+        with large_blocks_kept(IN_TRAINING):
+            return omniquant(
+                self.block,
+                {name: self.model.weight(self.i, name) for name in self.linears},
+                self.inputs,
+                self.targets.on(self.model.device),
+                self.arguments,
+                self.spec,
+                transformation=self.transformation,
+                transposed=self.model.family.transposed,
+                bf16=bf16,
+                epochs=epochs,
+            )
 
     def advance(self) -> dict[str, float]:
         """Takes the quantized stream through the block, whose live weights are the quantized ones by now.

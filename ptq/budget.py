@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from calibration.attention import is_faster
 from calibration.errors import InputError
 from calibration.hessian import TILE, few_rows
 from ptq.evaluation import stream
@@ -157,7 +158,8 @@ def _kept(model, stages, tokens, length):
 
 def _scores(model, length):
     """Scores of a token that are held where attention is not fused."""
-    return 0 if model.config._attn_implementation == "sdpa" else model.config.num_attention_heads * length
+    fused = is_faster(model.config) or model.config._attn_implementation == "sdpa"
+    return 0 if fused else model.config.num_attention_heads * length
 
 
 def _runs(O, I):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from calibration.attention import use_faster_attention
 from calibration.errors import InputError
 from calibration.products import rounded_products
 from calibration.ranks import Ranks
@@ -141,6 +142,7 @@ def open_job(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    use_faster_attention(streamed.model)
     linears = _linears(streamed)
     kind.check(streamed, linears)
     with clock.phase("calibration"):

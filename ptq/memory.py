@@ -10,7 +10,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers of the options
 LARGE = 8 << 20  # less would let the solver's many temporaries fault their pages in again and again
 HELD = 16 << 20  # free pages at the heap's end that are kept: without, every large temporary's are new ones
-LARGE_IN_FORWARDS, HELD_IN_FORWARDS = 16 << 20, 32 << 20
+IN_FORWARDS = 16 << 20, 32 << 20
+IN_TRAINING = 32 << 20, 512 << 20  # glibc's largest, and all that a step of a large block makes anew
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -46,12 +47,15 @@ def return_large_blocks() -> None:
 
 
 @contextmanager
-def large_blocks_kept():
+def large_blocks_kept(limits: tuple[int, int] = IN_FORWARDS):
     """While it is open, larger ones are kept as well, for what makes blocks of the same sizes again and again.
 
-    Whoever opens it calls `release_freed` meanwhile. In the end all goes back.
+    Whoever opens it calls `release_freed` meanwhile, where sizes change. In the end all goes back.
+
+    Args:
+        limits: Bytes: blocks below the first are kept, free ones at the heap's end up to the second.
     """
-    _limit(LARGE_IN_FORWARDS, HELD_IN_FORWARDS)
+    _limit(*limits)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from calibration.attention import is_faster
 from calibration.products import bf16_products
 from calibration.ranks import ALONE, Ranks
 from ptq.clock import Clock
@@ -114,7 +115,7 @@ def continued(model, opening, chances, *, bf16=False, bar=None):
         bf16: Form products in bf16, and keep in bf16 what attention multiplies.
         bar: A progress bar of tokens.
     """
-    T, kept = chances.shape[1], torch.bfloat16 if bf16 and model.config._attn_implementation == "sdpa" else None
+    T, kept = chances.shape[1], torch.bfloat16 if bf16 and is_faster(model.config) else None
     given = text = opening[:, :T]
     cache = Cache(layers=[_RoomyLayer(T, kept) for _ in range(model.config.num_hidden_layers)])
     while text.shape[1] < T:

@@ -55,9 +55,12 @@ def levels(arithmetic):
     return KINDS[arithmetic.kind], np.float32(arithmetic.top), table, nearest
 
 
-def over_rows(kernel, rows, *arguments):
-    """kernel(first, last, *arguments) on whole tiles of rows, shared out over torch's number of threads."""
-    threads = min(torch.get_num_threads(), -(-rows // TILE))
+def over_rows(kernel, rows, *arguments, least=TILE):
+    """kernel(first, last, *arguments) on whole tiles of rows, shared out over torch's number of threads.
+
+    Fewer rows than `least` are not worth another thread, which takes a third of a millisecond.
+    """
+    threads = min(torch.get_num_threads(), -(-rows // max(least, TILE)))
     if threads == 1:
         kernel(0, rows, *arguments)
         return

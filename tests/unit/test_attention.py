@@ -5,17 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import calibration.attention
 import calibration.causal
-from calibration.attention import faster_attention
+from calibration.attention import FASTER, is_faster, use_faster_attention
 from calibration.causal import causal_attention
 from calibration.processor import has_bf16_units
 from calibration.products import bf16_products
 
 AMX = Path("/proc/cpuinfo").exists() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
-PLAIN = ALL_ATTENTION_FUNCTIONS["sdpa"]
+PLAIN, OURS = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS[FASTER]
 
 
 def heads(*, B=2, H=6, K=3, T=40, D=16, E=16, seed=1):
@@ -75,11 +76,10 @@ def test_short_rows_without_a_mask_go_by_pieces(settings, trained, monkeypatch):
     )
     module, factors = SimpleNamespace(is_causal=True, num_key_value_groups=2), heads()
     plain, _ = PLAIN(module, *factors, None, **settings)
-    with faster_attention(), torch.set_grad_enabled(trained):
-        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *factors, None, **settings)
+    with torch.set_grad_enabled(trained):
+        found, _ = OURS(module, *factors, None, **settings)
     assert taken == [{"trained": trained}] and found.is_contiguous()
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is PLAIN
 
 
 def bias(T):
@@ -100,8 +100,7 @@ def test_what_is_not_short_or_not_plain_is_left_to_torch(shape, mask, causal, se
     monkeypatch.setattr(calibration.attention, "causal_attention", None)
     factors = heads(**shape)
     module = SimpleNamespace(is_causal=causal, num_key_value_groups=factors[0].shape[1] // factors[1].shape[1])
-    with faster_attention():
-        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *factors, mask, **settings)
+    found, _ = OURS(module, *factors, mask, **settings)
     assert torch.equal(found, PLAIN(module, *factors, mask, **settings)[0])
 
 
@@ -109,10 +108,9 @@ def test_a_query_after_its_keys_is_left_to_torch(monkeypatch):
     """One token that goes on with a text, and what transformers itself refuses."""
     monkeypatch.setattr(calibration.attention, "causal_attention", None)
     module, (query, key, value) = SimpleNamespace(is_causal=True, num_key_value_groups=2), heads()
-    with faster_attention():
-        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query[:, :, -1:], key, value, None)
-        with pytest.raises(ValueError, match="softcap"):
-            ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, softcap=50.0)
+    found, _ = OURS(module, query[:, :, -1:], key, value, None)
+    with pytest.raises(ValueError, match="softcap"):
+        OURS(module, query, key, value, None, softcap=50.0)
     assert torch.equal(found, PLAIN(module, query[:, :, -1:], key, value, None)[0])
 
 
@@ -135,8 +133,8 @@ def test_attention_under_bf16_products(masked):
     slopes = torch.autograd.grad(plain, factors, weights)
     with bf16_products(True):
         with torch.no_grad():
-            found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *factors, mask)
-        trained, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *factors, mask)
+            found, _ = OURS(module, *factors, mask)
+        trained, _ = OURS(module, *factors, mask)
         # two sums of 40 fp32 terms differ by 2 * 40 * 2**-24 of them at most; gradients are sums of such sums
         torch.testing.assert_close(trained, plain, rtol=1e-5, atol=1e-5)
         for again in (True, False):
@@ -144,3 +142,22 @@ def test_attention_under_bf16_products(masked):
                 torch.testing.assert_close(slope, right, rtol=1e-5, atol=1e-5)
     assert found.dtype == torch.float32
     assert bool(((found.double() - exact).abs() <= bound).all()) if AMX else torch.allclose(found, plain, 1e-5, 1e-5)
+
+
+def test_a_model_gives_the_same_by_it(tiny):
+    """Logits of padded rows among them, whose masks transformers then makes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    tokens, seen = torch.arange(40).view(2, 20) % 32, torch.ones(2, 20, dtype=torch.long)
+    seen[1, :5] = 0
+    plain = [model(tokens, attention_mask=mask).logits for mask in (None, seen)]
+    use_faster_attention(model)
+    found = [model(tokens, attention_mask=mask).logits for mask in (None, seen)]
+    assert is_faster(model.config)
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_transformers_does_not_fuse_stays(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), attn_implementation="eager")
+    use_faster_attention(model)
+    assert model.config._attn_implementation == "eager"

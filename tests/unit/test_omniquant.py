@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import ptq.blockwise
 import ptq.pipeline
 import ptq.quantizers.omniquant.block
+from calibration.attention import use_faster_attention
 from calibration.capture import run_block
 from calibration.errors import InputError, TrainingStopped
 from calibration.processor import has_bf16_units
@@ -109,6 +110,7 @@ class Walked:
 
     def __init__(self, folder, out, spec=SPEC, *, resume=False, budget=None, stop_after=None, bf16=False):
         self.model = StreamedModel(open_checkpoint(folder))
+        use_faster_attention(self.model.model)
         work = WorkFolder(out, {"spec": spec.as_dict()}, resume=resume)
         walk = Walk(self.model, spec, GptqCodec(2, 32, "gptq"), work, Clock(), budget=budget, bf16=bf16)
         opened = walk._open_streams
@@ -188,6 +190,7 @@ def test_the_streams_are_those_of_the_written_file(model_type, tiny, tmp_path):
     weights, plain = open_weights(tmp_path / "out"), open_checkpoint(folder)
     family = walked.model.family
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    use_faster_attention(model)
     parameters = dict(model.named_parameters())
     for name in weights.names():
         if name in parameters:

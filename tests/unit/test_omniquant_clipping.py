@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ptq.grids.affine import AffineGrid, half_exact
+from ptq.quantizers.omniquant import rounding
 from ptq.quantizers.omniquant.clipping import START, Clipping, Groups
+from ptq.quantizers.omniquant.rounding import Rounded
 from ptq.quantizers.rtn import rtn
 from ptq.spec import QuantSpec
 
@@ -87,3 +89,23 @@ def test_every_bound_has_a_gradient():
     (clipping.fake_quantize(cut)["linear"] - W).square().sum().backward()
     assert bool((clipping.logits.grad != 0).all())
     assert torch.equal(clipping.logits, torch.full_like(clipping.logits, START))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_loop_is_the_operators(threads, monkeypatch):
+    """Values bit for bit, and gradients but for the order in which 50 terms are summed; for a GPU the operators do."""
+    monkeypatch.setattr(rounding, "LEAST", 50)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(3)
+    w, toward = (torch.randn(40, 5, 50, generator=generator) for _ in range(2))
+    scale = (0.1 + torch.rand(40, 5, 1, generator=generator)).requires_grad_()
+    zero = torch.randint(0, 8, (40, 5, 1), generator=generator).float()
+    found = []
+    for compiled in (lambda _: False, rounding.compiled):
+        monkeypatch.setattr(rounding, "compiled", compiled)
+        values = Rounded.apply(w, scale, zero, 7)
+        found.append((values.detach(), *torch.autograd.grad(values, scale, toward)))
+    (values, slopes), (ours, our_slopes) = found
+    assert torch.equal(ours, values)
+    size = (values.abs() * toward.abs()).sum(-1, keepdim=True) / scale
+    assert bool(((our_slopes - slopes).abs() <= 50 * 2**-24 * size).all())

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.job
 import ptq.own_text
+from calibration.attention import use_faster_attention
 from calibration.errors import InputError
 from calibration.processor import has_bf16_units
 from ptq import QuantSpec, quantize_model
@@ -74,6 +75,7 @@ def test_keys_in_bf16_rarely_change_a_token(model_type, tiny):
     """Rounding moves cumulative probabilities by 1e-2; a token changes where the number drawn lies between the two."""
     model = AutoModelForCausalLM.from_pretrained(tiny(model_type), dtype=torch.float32).eval()
     opening, drawn = (TOKENS[:, :OPENING].repeat(16, 1) + torch.arange(64)[:, None]) % 290, chances(64, OPENING + 2)
+    use_faster_attention(model)
     rounded = continued(model, opening, drawn, bf16=True)
     exact = continued(model, opening, drawn)
     alike = rounded[:, OPENING] == exact[:, OPENING]

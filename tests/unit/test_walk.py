@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ptq.stages
 import ptq.streams
+from calibration.attention import use_faster_attention
 from calibration.capture import SuspendedForwards
 from calibration.errors import InputError
 from calibration.hessian import Hessian
@@ -59,6 +60,7 @@ class Recorded:
         monkeypatch.setattr(ptq.streams, "ActivationStore", WatchedStore)
         monkeypatch.setattr(StreamedModel, "batch_tokens", BATCH_TOKENS)
         self.model, self.spec = StreamedModel(open_checkpoint(folder)), spec
+        use_faster_attention(self.model.model)
         for i in range(len(self.model.blocks)):
             for name in self.model.family.linears:
                 self.model.linear(i, name).register_forward_hook(
@@ -101,6 +103,7 @@ def walk(monkeypatch):
 def whole_forward(folder, family, weights):
     """The Hugging Face model with some weights replaced: inputs by (block, linear), outputs of the last block."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    use_faster_attention(model)
     modules = dict(model.named_modules())
     for name, values in weights.items():
         modules[name].weight.copy_(values.T if family.transposed else values)

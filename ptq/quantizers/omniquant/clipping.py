@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ptq.grids.affine import AffineGrid, half_exact
 from ptq.qtensor import QuantizedTensor
+from ptq.quantizers.omniquant.rounding import Rounded
 
 START = 4.0  # sigmoid(4) = 0.982: nearly the full range, and a slope that still lets go of it
 SMALLEST_SCALE = 2.0**-23
@@ -85,7 +86,7 @@ class Clipping:
     def fake_quantize(self, weights: Mapping[str, Groups]) -> dict[str, torch.Tensor]:
         """(O, I) values of each rounded weight; gradients flow to the bounds, and to the weights that take them."""
         return {
-            name: weights[name].joined(_Rounded.apply(weights[name].values, scale, zero, self.grid.top))
+            name: weights[name].joined(Rounded.apply(weights[name].values, scale, zero, self.grid.top))
             for name, (scale, zero) in self.grids(weights).items()
         }
 
@@ -101,27 +102,3 @@ class Clipping:
         codes = cut.joined(self.grid.encode(cut.values, scale, zero)).to(torch.uint8).contiguous()
         g_idx = torch.arange(cut.inputs, dtype=torch.int32, device=codes.device) // cut.values.shape[-1]
         return QuantizedTensor(codes, scale.squeeze(-1), zero.squeeze(-1), g_idx, self.grid.bits, group_size)
-
-
-class _Rounded(torch.autograd.Function):
-    """scale * (clamp(round(w / scale + zero)) - zero), its rounding passed straight through.
-
-    d value / d w is 1 inside the code range and 0 outside; d value / d scale is code - zero - w / scale inside, and
-    code - zero outside (the gradient of LSQ, arXiv 1902.08153, equation 3).
-    """
-
-    @staticmethod
-    def forward(ctx, w, scale, zero, top):
-        codes = (w / scale).add_(zero).round_()
-        clamped = codes.clamp(0, top)
-        inside = codes.eq_(clamped)
-        values = clamped.sub_(zero).mul_(scale)
-        slope = torch.addcmul(values, inside, w, value=-1)  # d value / d scale, times scale
-        ctx.save_for_backward(scale, slope, inside if ctx.needs_input_grad[0] else None)
-        return values
-
-    @staticmethod
-    def backward(ctx, grad):
-        scale, slope, inside = ctx.saved_tensors
-        grad_scale = (slope * grad).sum(-1, keepdim=True).div_(scale)
-        return None if inside is None else grad * inside, grad_scale, None, None
