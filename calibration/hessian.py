@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from calibration.bf16_sums import PANEL, TokenSums, in_panels, sums_in_bf16
 from calibration.ranks import ALONE, Ranks
 from calibration.store import mapped
 
@@ -54,7 +55,7 @@ class Hessian:
             folder.mkdir(parents=True)
         self.sums = [self._zeros(tile, in_features - tile.start, device, folder, "H") for tile in self.tiles]
         self.cross_sums = [self._zeros(tile, in_features, device, folder, "G") for tile in self.cross_tiles]
-        self._product = None
+        self._product, self._in_bf16 = None, TokenSums()
 
     @staticmethod
     def _zeros(tile, width, device, folder, name):
@@ -73,14 +74,29 @@ class Hessian:
             x_full: the same tokens' inputs in the full-precision stream, if `cross`.
         """
         x = x.reshape(-1, x.shape[-1]).float()
+        if sums_in_bf16(x):
+            self._add_in_bf16(x, x_full)
+            return
         counted = x if self.counts is None else x * self._next_counts(len(x))[:, None].to(x)
         for tile, total in zip(self.tiles, self.sums, strict=True):
             self._add_product(total(), x[:, tile].T, counted[:, tile.start :])
         if self.cross_sums:
-            x_full = x_full.reshape(x.shape).float()
-            rows = x_full if self.weights is None else self._outputs(x_full - x)
+            rows = self._cross_rows(x, x_full)
             for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
                 self._add_product(total(), rows[:, tile].T, counted)
+        self.tokens += x.shape[0]
+
+    def _add_in_bf16(self, x, x_full):
+        """The same by calibration/bf16_sums.py."""
+        products = self._in_bf16
+        plain = products.packed("x", x)
+        counted = plain if self.counts is None else products.packed("counted", x, self._next_counts(len(x)))
+        for tile, total in zip(self.tiles, self.sums, strict=True):
+            products.add(total(), plain[in_panels(tile)], counted[tile.start // PANEL :], upper=True)
+        if self.cross_sums:
+            rows = products.packed("rows", self._cross_rows(x, x_full))
+            for tile, total in zip(self.cross_tiles, self.cross_sums, strict=True):
+                products.add(total(), rows[in_panels(tile)], counted)
         self.tokens += x.shape[0]
 
     def _add_product(self, total, A, B):
@@ -97,13 +113,14 @@ class Hessian:
         counts = self.counts[self.tokens : self.tokens + tokens]
         return torch.cat([counts, counts.new_ones(tokens - len(counts))])
 
-    def _outputs(self, x):
-        """(T, O) x W^T."""
-        return torch.cat([x @ W.float().T for W in self.weights], 1)
+    def _cross_rows(self, x, x_full):
+        """What the tokens are multiplied with for the cross moment: (T, I) x_full, or (T, O) (x_full - x) W^T."""
+        x_full = x_full.reshape(x.shape).float()
+        return x_full if self.weights is None else torch.cat([(x_full - x) @ W.float().T for W in self.weights], 1)
 
     def finalise(self, ranks: Ranks = ALONE):
         """H (I, I) and, if `cross`, G (I, I) or W (G - H) (O, I); fp32, of all ranks' tokens. The sums are consumed."""
-        device, self._product = self.sums[0]().device, None
+        device, self._product, self._in_bf16 = self.sums[0]().device, None, TokenSums()
         tokens = int(ranks.all_reduce(torch.tensor(self.tokens, device=device)))
         mean = lambda sums: ranks.all_reduce(sums.pop(0)()).mul_(2.0 / max(tokens, 1))  # noqa: E731
         H, G = torch.empty(self.size, self.size, device=device), None

@@ -8,8 +8,9 @@ A linear that multiplies many batches is in bf16 altogether, what it gives round
 once (`rounding_once`; `rounded_linears` for estimates, where the weights are not needed any more).
 
 With AMX oneDNN forms products of fp32 matrices so. With AVX512-BF16 alone it keeps them in fp32, by kernels that on an
-AMD processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times as fast.
-Attention has a module of its own (calibration/attention.py).
+AMD processor are twice as fast as the library torch calls otherwise; what is in bf16 already is four times as fast, but
+rounded to it, so that Hessians have loops of their own (calibration/bf16_sums.py). So has attention, on any processor
+(calibration/attention.py).
 """
 
 import weakref
@@ -28,8 +29,8 @@ COPY = "weight_in_bf16"  # among the buffers, which halted forwards share and do
 
 
 def rounded_products() -> str:
-    """What is of bf16 factors under `bf16_products`: all, or without AMX what is in bf16 already, linears above all."""
-    return "bf16, as are linears" if has_amx() else "linears in bf16"
+    """What is of bf16 factors under `bf16_products`: all, or without AMX linears and Hessians."""
+    return "bf16, as are linears" if has_amx() else "linears and Hessians in bf16"
 
 
 @contextmanager

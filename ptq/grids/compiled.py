@@ -7,14 +7,14 @@ what these are tested against.
 Legend: R rows (one group each), g columns of a group, n candidates.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numba import njit
 from numba.extending import intrinsic
 
-TILE = 64  # rows at once: the cache holds (c, TILE) numbers, and a tile is a whole number of vectors
+from calibration.threads import STEP, over_rows
+
+TILE = STEP  # rows at once: the cache holds (c, TILE) numbers
 EVEN, RAMP, TABLE = range(3)
 KINDS = {"even": EVEN, "ramp": RAMP, "table": TABLE}
 
@@ -53,20 +53,6 @@ def levels(arithmetic):
     halves = np.arange(2 * table[0], 2 * table[-1] + 1) / 2
     nearest = np.searchsorted((table[1:] + table[:-1]) / 2, halves).astype(np.float32)
     return KINDS[arithmetic.kind], np.float32(arithmetic.top), table, nearest
-
-
-def over_rows(kernel, rows, *arguments, least=TILE):
-    """kernel(first, last, *arguments) on whole tiles of rows, shared out over torch's number of threads.
-
-    Fewer rows than `least` are not worth another thread, which takes a third of a millisecond.
-    """
-    threads = min(torch.get_num_threads(), -(-rows // max(least, TILE)))
-    if threads == 1:
-        kernel(0, rows, *arguments)
-        return
-    share = -(-rows // (threads * TILE)) * TILE
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda first: kernel(first, min(first + share, rows), *arguments), range(0, rows, share)))
 
 
 def _instruction(name):

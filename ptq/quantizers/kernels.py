@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from ptq.grids.compiled import EVEN, TILE, arrays, even_code, even_value, levels, nearest_code, over_rows, value_of
+from calibration.threads import over_rows
+from ptq.grids.compiled import EVEN, TILE, arrays, even_code, even_value, levels, nearest_code, value_of
 
 PANEL = 8  # columns whose errors are spread at once to those further on
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numba import njit
 
+from calibration.threads import over_rows
 from ptq.grids.blocks.codebook import lowest
-from ptq.grids.compiled import arrays, compiled, over_rows
+from ptq.grids.compiled import arrays, compiled
 
 TRIES = 2
 

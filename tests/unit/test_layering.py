@@ -81,7 +81,7 @@ LAYERS = {
     "ptq.export": ("ptq.families", "ptq.grids", "ptq.qtensor", "calibration"),
     "ptq.quantizers": ("ptq.clock", "ptq.grids", "ptq.memory", "ptq.qtensor", "calibration"),
     "ptq.qtensor": ("ptq.grids",),
-    "ptq.grids": (),
+    "ptq.grids": ("calibration.threads",),
     "ptq.families": ("calibration.errors",),
     "ptq.spec": ("calibration.errors",),
     "ptq.defaults": ("calibration.errors", "calibration.processor"),

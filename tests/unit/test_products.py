@@ -57,8 +57,8 @@ def test_the_switch_is_back_after_an_error():
 @pytest.mark.parametrize(
     "flags, units, products",
     [
-        ("avx2", False, "linears in bf16"),
-        ("avx512_bf16", True, "linears in bf16"),
+        ("avx2", False, "linears and Hessians in bf16"),
+        ("avx512_bf16", True, "linears and Hessians in bf16"),
         ("avx512_bf16 amx_bf16", True, "bf16, as are linears"),
     ],
 )

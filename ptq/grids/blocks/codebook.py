@@ -15,8 +15,9 @@ import torch
 from gguf import quants
 from numba import njit
 
+from calibration.threads import over_rows
 from ptq.grids.blocks.levels import Table
-from ptq.grids.compiled import arrays, compiled, over_rows
+from ptq.grids.compiled import arrays, compiled
 
 SCORES = 1 << 21  # scores of entries held at once
 RUN = 64  # entries compared at once in a compiled loop; every codebook is a multiple

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from ptq.grids.compiled import arrays, compiled, even_value, over_rows, rint
+from calibration.threads import over_rows
+from ptq.grids.compiled import arrays, compiled, even_value, rint
 
 LEAST = 1 << 20  # weights that are worth a thread
 
