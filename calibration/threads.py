@@ -24,8 +24,8 @@ def over_rows(kernel, rows: int, *arguments, step: int = STEP, least: int = 0):
         kernel(0, rows, *arguments)
         return
     share = -(-rows // (threads * step)) * step
-    call = lambda first: kernel(first, min(first + share, rows), *arguments)  # noqa: E731
-    list(_pool(threads).map(call, range(0, rows, share)))
+    parts = range(0, rows, share)
+    list(_pool(threads).map(lambda first: kernel(first, min(first + share, rows), *arguments), parts))
 
 
 @cache

@@ -1,5 +1,6 @@
 """Attention on a CPU: which way is taken, and that each gives what the textbook says, and its gradients."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import calibration.attention
 import calibration.causal
+import calibration.processor
 from calibration.attention import FASTER, is_faster, use_faster_attention
 from calibration.causal import causal_attention
 from calibration.processor import has_bf16_units
@@ -115,13 +117,18 @@ def test_a_query_after_its_keys_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_under_bf16_products(masked):
+def test_attention_under_bf16_products(masked, amx, monkeypatch):
     """Where gradients are asked for, and without AMX, it and they are those of fp32, as often as they are asked for.
 
     With AMX otherwise it is exact attention of bf16 factors, but for its weights, which are rounded once more, by 2**-9
-    at most, on their way into the second product, and for what the kernel gives, which is rounded too.
+    at most, on their way into the second product, and for what the kernel gives, which is rounded too. (What that way
+    gives does not depend on there being AMX; without it, it is slower.)
     """
+    if AMX and not amx:
+        pytest.skip("with AMX fp32 products are of bf16 factors")
+    monkeypatch.setattr(calibration.processor, "_flags", lambda: "avx512_bf16" + " amx_bf16" * amx)
     factors = heads(H=3)
     module = SimpleNamespace(is_causal=not masked)
     mask = torch.full((40, 40), -torch.inf).triu(1)[None, None] if masked else None
@@ -129,19 +136,31 @@ def test_attention_under_bf16_products(masked):
     p = (q @ k.mT / 4 + torch.full((40, 40), -torch.inf, dtype=torch.float64).triu(1)).softmax(-1)
     exact, bound = (p @ v).transpose(1, 2), 3 * 2**-9 * (p @ v.abs()).transpose(1, 2)
     plain, _ = PLAIN(module, *factors, mask)
+    # two sums of 40 fp32 terms differ by 2 * 40 * 2**-24 of them at most; gradients are sums of such sums
+    near = partial(torch.allclose, rtol=1e-5, atol=1e-5)
+    same = torch.equal if amx and masked else near  # torch's kernel, by the same library
     weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
     slopes = torch.autograd.grad(plain, factors, weights)
     with bf16_products(True):
         with torch.no_grad():
             found, _ = OURS(module, *factors, mask)
         trained, _ = OURS(module, *factors, mask)
-        # two sums of 40 fp32 terms differ by 2 * 40 * 2**-24 of them at most; gradients are sums of such sums
-        torch.testing.assert_close(trained, plain, rtol=1e-5, atol=1e-5)
+        assert same(trained, plain)
         for again in (True, False):
-            for slope, right in zip(torch.autograd.grad(trained, factors, weights, again), slopes, strict=True):
-                torch.testing.assert_close(slope, right, rtol=1e-5, atol=1e-5)
-    assert found.dtype == torch.float32
-    assert bool(((found.double() - exact).abs() <= bound).all()) if AMX else torch.allclose(found, plain, 1e-5, 1e-5)
+            assert all(map(same, torch.autograd.grad(trained, factors, weights, again), slopes))
+    assert found.dtype == torch.float32 and near(found, plain) != amx
+    assert not amx or bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.skipif(not has_bf16_units(), reason="this processor has no instructions for bf16")
+def test_with_amx_pieces_are_those_of_fp32(monkeypatch):
+    monkeypatch.setattr(calibration.processor, "_flags", lambda: "avx512_bf16 amx_bf16")
+    factors, found = heads(), []
+    for wanted in (False, True):
+        with bf16_products(wanted):
+            out = causal_attention(*factors, 0.3, trained=True)
+            found.append((out, *torch.autograd.grad(out, factors, torch.ones_like(out))))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_model_gives_the_same_by_it(tiny):
